@@ -1,0 +1,1 @@
+"""The stages of an experiment: typed config in, declared inputs and outputs, ``run``."""
