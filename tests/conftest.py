@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ os.environ["WANDB_MODE"] = "offline"
 
 _scratch = tempfile.TemporaryDirectory(prefix="evatok-tests-")
 os.environ["RAY_AUTH_MODE"] = "token"
-os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(_scratch.name) / "ray_token")
+_token = Path(_scratch.name) / "ray_token"
+_token.write_text(secrets.token_hex(32))
+_token.chmod(0o600)
+os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,9 @@ from evatok.config import Config
 class Resources(Config):
     """What one run asks of the cluster. Changes how a stage runs, never what it makes."""
 
-    workers: int = Field(2, ge=1, description="training workers; the global batch is split over them")
+    workers: int = Field(
+        2, ge=0, description="training workers; the global batch is split over them; 0: in the calling process"
+    )
     cpus_per_worker: float = Field(1, gt=0, description="logical CPUs that each training worker holds")
     use_gpu: bool = Field(False, description="one GPU per training worker and per curation task")
 
@@ -80,6 +82,8 @@ class Stage:
     ``run``: does the work, leaves ``outputs`` in ``context.location``, returns the headline metrics.
     Run again after an interruption it goes on from what it left.
     ``inputs``: names of the stages it reads, or a function of its config that gives them.
+    ``reads``: dotted keys of other stages' sections that it takes from ``context.experiment``; they count in
+    its fingerprint as its own config does.
     ``version``: raise it when the code changes what the same config makes.
     ``check``: called with (config, experiment) before anything starts; yields (dotted key, what is wrong and
     what is allowed) for everything that a single field's type cannot say.
@@ -90,6 +94,7 @@ class Stage:
     config: type[Config]
     run: Callable[[StageContext], dict[str, Any]]
     inputs: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    reads: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     version: int = 1
     check: Callable[[Any, Any], Iterable[tuple[str, str]]] | None = None
