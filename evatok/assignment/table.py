@@ -1,7 +1,7 @@
 """The reward table: per clip, the quality of every assignment, as the curate stage leaves it.
 
-A folder of Parquet files, one row per clip: ``clip_id`` str, ``row`` int64 (of the clip index), ``split`` str,
-and one fixed-size list [size] per quality metric, in the order of the ``AssignmentSpace`` that was scored.
+A folder of Parquet files, one row per clip: ``clip_id`` str, ``row`` int64 (of the clip index), ``split``
+str, and one fixed-size list [size] per quality metric: the assignments in the order of the space.
 ``pandas.read_parquet(folder)`` reads it too.
 """
 
@@ -19,7 +19,7 @@ from evatok.errors import UserError
 
 @dataclass(frozen=True)
 class RewardRows:
-    """Some clips of a reward table. ``row``: int64 [n]; ``quality``: per metric, in its unit, float32 [n, size]."""
+    """Some clips of a reward table. ``row``: int64 [n]; ``quality``: float32 [n, size] per metric."""
 
     clip_id: list[str]
     row: Tensor
