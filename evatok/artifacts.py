@@ -31,7 +31,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from evatok.config import Config, identity
+from evatok.config import Config
 from evatok.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -183,7 +183,11 @@ class Location:
 
 
 class Manifest(Config):
-    """What a stage was made from; ``manifest.json`` (done) or ``started.json`` (begun) of its folder."""
+    """What a stage was made from; ``manifest.json`` (done) or ``started.json`` (begun) of its folder.
+
+    ``config``: by section of the experiment, what counts in the fingerprint. ``seconds``: of the attempt that
+    finished.
+    """
 
     stage: str
     state: Literal["started", "done"]
@@ -194,6 +198,7 @@ class Manifest(Config):
     seed: int
     started: datetime
     finished: datetime | None = None
+    seconds: float = 0.0
     metrics: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -229,13 +234,13 @@ def publish(location: Location, manifest: Manifest) -> None:
     location.write_bytes(name, (manifest.model_dump_json(indent=2) + "\n").encode())
 
 
-def fingerprint(config: Config, inputs: Mapping[str, str], version: int, seed: int) -> str:
+def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str], version: int, seed: int) -> str:
     """Identity of what a stage will make, 16 hex digits.
 
-    ``inputs``: the fingerprints of the stages it reads; ``version``: of the stage's code. Fields marked
-    ``OPERATIONAL`` in the config do not count.
+    ``settings``: what it depends on, as plain data (``config.identity``); ``inputs``: the fingerprints of the
+    stages it reads; ``version``: of the stage's code.
     """
-    content = {"config": identity(config), "inputs": dict(inputs), "version": version, "seed": seed}
+    content = {"settings": dict(settings), "inputs": dict(inputs), "version": version, "seed": seed}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -318,8 +323,12 @@ def exclusive(location: Location, wait: float = LEASE_SECONDS) -> Iterator[None]
 def _file_lock(folder: Path, location: Location) -> Iterator[None]:
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}. Choose another storage.") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

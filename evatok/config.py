@@ -40,18 +40,21 @@ def load(path: str | Path, kind: type[C], overrides: Sequence[str] = ()) -> C:
     Raises UserError that lists every problem at once.
     """
     data, origins = _read(Path(path), ())
+    return _validated(data, kind, str(path), overrides, origins)
+
+
+def parse(text: str | bytes, kind: type[C], source: str, overrides: Sequence[str] = ()) -> C:
+    """``load`` from a text that extends nothing; ``source`` names it in messages."""
+    return _validated(_yaml(text, source), kind, source, overrides, {})
+
+
+def _validated(data: Any, kind: type[C], source: str, overrides: Sequence[str], origins: dict[str, str]) -> C:
     for override in overrides:
-        addition = _override(override)
-        data = _merge(data, addition, origins, f"--set {override}")
-    return parse(data, kind, str(path), origins)
-
-
-def parse(data: Mapping[str, Any], kind: type[C], source: str, origins: Mapping[str, str] | None = None) -> C:
-    """Validate plain data. ``source`` names it in messages, ``origins`` names single dotted keys' sources."""
+        data = _merge(data, _override(override), origins, f"--set {override}")
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise UserError(_explain(error, data, kind, source, origins or {})) from None
+        raise UserError(_explain(error, data, kind, source, origins)) from None
 
 
 def dump(config: Config) -> str:
@@ -122,7 +125,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _yaml(text: str, source: str) -> Any:
+def _yaml(text: str | bytes, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:

@@ -16,10 +16,14 @@ class Resources(Config):
     """What one run asks of the cluster. Changes how a stage runs, never what it makes."""
 
     workers: int = Field(
-        2, ge=0, description="training workers; the global batch is split over them; 0: in the calling process"
+        default=2,
+        ge=0,
+        description="training workers; the global batch is split over them; 0: in the calling process",
     )
-    cpus_per_worker: float = Field(1, gt=0, description="logical CPUs that each training worker holds")
-    use_gpu: bool = Field(False, description="one GPU per training worker and per curation task")
+    cpus_per_worker: float = Field(
+        default=1, gt=0, description="logical CPUs that each training worker holds"
+    )
+    use_gpu: bool = Field(default=False, description="one GPU per training worker and per curation task")
 
 
 class Listener(Protocol):

@@ -1,0 +1,176 @@
+"""Start a local Ray or join a cluster, the same way for every command.
+
+Which one: ``address`` if given, else ``RAY_ADDRESS`` (``ray job submit`` sets it for its entrypoint), else a
+local Ray that ends with the process. A local Ray has token authentication on and no dashboard; its
+token lives in a private temporary file, never in ``~/.ray``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from evatok.errors import UserError
+
+_MIB = 2**20
+DATA_CPUS = 2  # logical CPUs of a local Ray that are left for decoding beside the training workers
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray we are connected to: its address and what it has in all.
+
+    ``local``: it is ours and ends with us.
+    """
+
+    address: str
+    local: bool
+    nodes: int
+    cpus: float
+    gpus: float
+
+
+@contextlib.contextmanager
+def connected(address: str | None = None, *, cpus: float = 0) -> Iterator[Cluster]:
+    """``connect`` for the time of a block; a connection that was there before is used and left alone."""
+    import ray
+
+    if ray.is_initialized():
+        yield _describe(local=False)
+        return
+    cluster = connect(address, cpus=cpus)
+    try:
+        yield cluster
+    finally:
+        shutdown()
+
+
+def connect(address: str | None = None, *, cpus: float = 0) -> Cluster:
+    """Join the cluster at ``address`` or ``RAY_ADDRESS``, or start a local Ray.
+
+    ``cpus``: logical CPUs that the work needs at once; a local Ray gets at least those and the machine's
+    cores. Raises UserError when the cluster cannot be reached or refuses the token.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address in (None, "local"):
+        return _start(cpus)
+    assert address is not None
+    return _join(address)
+
+
+def shutdown() -> None:
+    """Leave the cluster; a local Ray ends."""
+    import ray
+
+    ray.shutdown()
+
+
+def _start(cpus: float) -> Cluster:
+    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_private_token())
+    _authenticate()
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=max(len(os.sched_getaffinity(0)), round(cpus)),
+        object_store_memory=_object_store_bytes(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    return _describe(local=True)
+
+
+def _join(address: str) -> Cluster:
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{address} is the address of a job server. Use `evatok submit EXPERIMENT --address {address}`, "
+            "or give `--address HOST:6379` on a machine of the cluster."
+        )
+    if (
+        any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+        or _default_token().exists()
+    ):
+        _authenticate()
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    try:
+        ray.init(
+            address=address,
+            runtime_env=None if inside_job() else {"py_modules": [str(Path(__file__).parents[1])]},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except AuthenticationError as error:
+        raise UserError(
+            f"The cluster at {address} refused us: {error}\n"
+            "Put its token into RAY_AUTH_TOKEN, or the path of a file with it into RAY_AUTH_TOKEN_PATH."
+        ) from error
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"No Ray cluster answers at {address}: {error}") from error
+    return _describe(local=False)
+
+
+def inside_job() -> bool:
+    """Whether this process is the entrypoint of a Ray job, whose code and environment Ray already ships."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _describe(*, local: bool) -> Cluster:
+    import ray
+
+    total = ray.cluster_resources()
+    return Cluster(
+        address=ray.get_runtime_context().gcs_address,
+        local=local,
+        nodes=sum(node["Alive"] for node in ray.nodes()),
+        cpus=total.get("CPU", 0.0),
+        gpus=total.get("GPU", 0.0),
+    )
+
+
+def _authenticate() -> None:
+    """Turn token authentication on for this process and what it starts, unless the user chose a mode."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "ray" in sys.modules:
+        from ray._raylet import Config
+
+        Config.initialize("")  # ray read the environment when it was imported
+
+
+def _private_token() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="evatok-ray-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    token = folder / "auth_token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return token
+
+
+def _default_token() -> Path:
+    return Path.home() / ".ray" / "auth_token"
+
+
+def _object_store_bytes() -> int:
+    """A tenth of the memory: clips pass through, nothing stays.
+
+    Ray puts the store on disk by itself where /dev/shm is smaller than this.
+    """
+    from ray._common.utils import get_system_memory
+
+    return int(min(max(get_system_memory() // 10, 256 * _MIB), 16384 * _MIB))
