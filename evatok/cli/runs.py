@@ -1,0 +1,157 @@
+"""The commands that work on runs: run, plan, status, index, report, tune, bench."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+from dataclasses import asdict
+from typing import Any
+
+from evatok.cli.console import Console, duration
+from evatok.errors import UserError
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from evatok import experiment as experiments
+
+    experiment = experiments.open_experiment(args.experiment, args.overrides)
+    console.run = experiment.location
+    result = experiments.run(experiment, console, until=args.until, redo=args.redo, address=args.address)
+    console.end()
+    for stage in result.stages:
+        figures = ", ".join(f"{name} {_figure(value)}" for name, value in stage.metrics.items())
+        seconds = "done already" if stage.skipped else duration(stage.seconds)
+        console.show(f"{stage.name:<10} {seconds:<13} {figures}".rstrip())
+    console.show(f"report: {result.report}")
+    return {
+        "run": result.location.uri,
+        "report": result.report,
+        "stages": [asdict(stage) for stage in result.stages],
+    }
+
+
+def index(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    return run(argparse.Namespace(**vars(args), until="index", redo=None), console)
+
+
+def plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from evatok import experiment as experiments
+
+    experiment = experiments.open_experiment(args.experiment, args.overrides)
+    resources = experiment.resources
+    console.show(f"run {experiment.location.uri}, seed {experiment.seed}")
+    console.show(
+        f"{resources.workers} training workers with {resources.cpus_per_worker:g} CPUs"
+        f"{' and 1 GPU' if resources.use_gpu else ''} each"
+    )
+    stages = []
+    for entry in experiments.plan(experiment):
+        described = entry.describe(experiment)
+        console.show(f"\n{entry.name}: {_STATES[entry.state]}")
+        console.show(f"  reads {', '.join(entry.inputs) or 'no other stage'}")
+        console.show(f"  leaves {', '.join(entry.stage.outputs)} in {entry.location.uri}")
+        for name, parameters in described.models.items():
+            console.show(f"  {name}: {parameters:,} parameters")
+        if described.compute:
+            console.show(f"  compute about {described.compute:.2g} FLOP")
+        for line in (*described.notes, *entry.drift):
+            console.show(f"  {line}")
+        stages.append(
+            {
+                "name": entry.name,
+                "done": entry.state == "done",
+                "state": entry.state,
+                "drift": list(entry.drift),
+                "inputs": list(entry.inputs),
+                "outputs": list(entry.stage.outputs),
+                "models": {name: {"parameters": count} for name, count in described.models.items()},
+                "compute": described.compute,
+            }
+        )
+    return {"run": experiment.location.uri, "stages": stages}
+
+
+_STATES = {
+    "done": "done, will be skipped",
+    "partial": "begun, will go on",
+    "missing": "will run",
+    "drifted": "made from another config, a run would stop here",
+}
+
+
+def status(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from evatok import experiment as experiments
+    from evatok.artifacts import read_curves
+
+    experiment = experiments.open_experiment(args.experiment, args.overrides)
+    console.show(f"run {experiment.location.uri}")
+    stages = []
+    for entry in experiments.plan(experiment):
+        manifest = entry.manifest
+        curves = read_curves(entry.location)
+        step = curves[-1]["step"] if curves else None
+        seconds = manifest.seconds if manifest else 0.0
+        metrics = manifest.metrics if manifest else {}
+        figures = ", ".join(f"{name} {_figure(value)}" for name, value in metrics.items())
+        at = "" if step is None else f"step {step}"
+        spent = duration(seconds) if entry.state == "done" else ""
+        console.show(f"{entry.name:<10} {entry.state:<8} {spent:<11} {at:<11} {figures}".rstrip())
+        stages.append(
+            {"name": entry.name, "state": entry.state, "step": step, "seconds": seconds, "metrics": metrics}
+        )
+    return {"run": experiment.location.uri, "stages": stages}
+
+
+def report(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from evatok import experiment as experiments
+    from evatok.report.page import write_report
+
+    experiment = experiments.open_experiment(args.experiment, args.overrides)
+    console.run = experiment.location
+    if not experiment.location.exists("experiment.yaml"):
+        raise UserError(f"{experiment.location.uri}: no run is there yet; start it with `evatok run`.")
+    uri = write_report(experiment.location)
+    console.show(f"report: {uri}")
+    return {"run": experiment.location.uri, "report": uri}
+
+
+def tune(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from evatok import sweep as sweeps
+
+    sweep = sweeps.open_sweep(args.sweep, args.overrides)
+    console.run = sweep.location
+    result = sweeps.run(sweep, console, address=args.address)
+    console.end()
+    for trial in result.trials:
+        settings = ", ".join(f"{key} {_figure(value)}" for key, value in trial.settings.items())
+        figures = ", ".join(f"{name} {_figure(value)}" for name, value in trial.metrics.items())
+        console.show(f"{trial.name} {trial.state:<8} {settings}: {figures}")
+    console.show(f"best: {', '.join(result.best)}; to run it whole: evatok run {result.export}")
+    return {
+        "sweep": sweep.location.uri,
+        "trials": [asdict(trial) for trial in result.trials],
+        "best": list(result.best),
+        "export": result.export,
+    }
+
+
+def bench(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    import evatok.benchmarks
+    from evatok.config import parse
+
+    names = [module.name for module in pkgutil.iter_modules(evatok.benchmarks.__path__)]
+    if args.name is None:
+        console.show("\n".join(names))
+        return {"benchmarks": names}
+    if args.name not in names:
+        raise UserError(f"bench {args.name}: no such benchmark. There are: {', '.join(names)}.")
+    module = importlib.import_module(f"evatok.benchmarks.{args.name}")
+    figures = module.run(parse("{}", module.Settings, f"bench {args.name}", args.overrides))
+    for name, value in figures.items():
+        console.show(f"{name}: {_figure(value)}")
+    return dict(figures)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
