@@ -1,0 +1,1 @@
+"""Networks: tokenizer, quantizers, router, generator, discriminators and frozen teachers."""

@@ -1,0 +1,168 @@
+"""Q-Former layers over packed sequences: self-attention, cross-attention, MLP, all pre-norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from evatok.config import Config
+from evatok.models.attention import Ranges, attend
+
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "nano": (64, 2, 2),
+    "tiny": (128, 2, 4),
+    "mini": (192, 4, 6),
+    "S": (512, 6, 8),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+}
+
+
+class TransformerSize(Config):
+    """Width, depth and heads of an encoder or decoder; S, B, L are GigaTok's."""
+
+    width: int = Field(gt=0, description="channels of the residual stream")
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TransformerSize:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+    @classmethod
+    def preset(cls, name: str) -> TransformerSize:
+        """Size by preset name; raises ValueError naming the presets there are."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown size {name!r}; presets are {', '.join(PRESETS)}")
+        width, layers, heads = PRESETS[name]
+        return cls(width=width, layers=layers, heads=heads)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of a packed sequence to itself."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[N, H, E]`` of ``x [N, D]``."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return q, k, v
+
+    def forward(self, x: Tensor, ranges: Ranges) -> Tensor:
+        return self.out(attend(*self.project(x), ranges).flatten(-2))  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of packed queries to packed reference embeddings."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def project_query(self, x: Tensor) -> Tensor:
+        """Queries ``[N, H, E]`` of ``x [N, D]``."""
+        return self.q(x).unflatten(-1, (self.heads, -1))  # type: ignore[no-any-return]
+
+    def project_reference(self, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[M, H, E]`` of ``reference [M, D]``."""
+        k, v = self.kv(reference).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return k, v
+
+    def forward(self, x: Tensor, reference: Tensor, ranges: Ranges) -> Tensor:
+        k, v = self.project_reference(reference)
+        return self.out(attend(self.project_query(x), k, v, ranges).flatten(-2))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Sequential):
+    """Linear, GELU, linear with the usual fourfold inner width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class QFormerLayer(nn.Module):
+    """Self-attention over the queries, cross-attention to fixed references, MLP (evatok.md 1.3)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.self_norm = nn.LayerNorm(width)
+        self.self_attention = SelfAttention(width, heads)
+        self.cross_norm = nn.LayerNorm(width)
+        self.cross_attention = CrossAttention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor, reference: Tensor, self_ranges: Ranges, cross_ranges: Ranges) -> Tensor:
+        x = x + self.self_attention(self.self_norm(x), self_ranges)
+        x = x + self.cross_attention(self.cross_norm(x), reference, cross_ranges)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+    def step(
+        self,
+        x: Tensor,
+        attend_self: Callable[[Tensor, Tensor, Tensor], Tensor],
+        attend_cross: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The same layer with the attentions given as functions of the projections (cached decoding)."""
+        attention = self.self_attention
+        x = x + attention.out(attend_self(*attention.project(self.self_norm(x))).flatten(-2))
+        cross = self.cross_attention
+        x = x + cross.out(attend_cross(cross.project_query(self.cross_norm(x))).flatten(-2))
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+class QFormer(nn.Module):
+    """A stack of Q-Former layers and a final norm; the references are the same for every layer."""
+
+    def __init__(self, size: TransformerSize) -> None:
+        super().__init__()
+        self.reference_norm = nn.LayerNorm(size.width)
+        layers = nn.ModuleList(QFormerLayer(size.width, size.heads) for _ in range(size.layers))
+        self.layers = cast("list[QFormerLayer]", layers)
+        self.norm = nn.LayerNorm(size.width)
+        self.recompute = False
+        self.apply(_initialise)
+        for layer in self.layers:  # keeps the residual stream's variance from growing with depth
+            for name, weight in layer.named_parameters():
+                if name.endswith(("out.weight", "mlp.2.weight")):
+                    nn.init.normal_(weight, std=0.02 / (2 * size.layers) ** 0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        reference: Tensor,
+        self_ranges: Ranges,
+        cross_ranges: Ranges,
+        tap: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries ``x [N, D]`` after all layers and the norm, and after layer ``tap`` (1-based, no norm)."""
+        reference = self.reference_norm(reference)
+        tapped = None
+        for number, layer in enumerate(self.layers, start=1):
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, reference, self_ranges, cross_ranges, use_reentrant=False)
+            else:
+                x = layer(x, reference, self_ranges, cross_ranges)
+            if number == tap:
+                tapped = x
+        return self.norm(x), tapped
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

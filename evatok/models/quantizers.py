@@ -1,0 +1,383 @@
+"""Quantizers behind one interface: l2-normalised VQ (the paper's kind), FSQ, LFQ, residual VQ."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Annotated, Literal, NamedTuple, ParamSpec, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, distributed, nn
+
+from evatok.config import Config
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_CHUNK = 4096
+_LFQ_GROUP = 8
+
+
+class Quantization(NamedTuple):
+    """Outcome of quantizing ``[N, dim]``.
+
+    ``codes``: float ``[N, dim]``, straight-through. ``indices``: int64 ``[N]`` (residual VQ ``[N, depth]``).
+    ``losses``: terms already weighted, to be added to the training loss as they are. ``metrics``: scalars.
+    """
+
+    codes: Tensor
+    indices: Tensor
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class VqConfig(Config):
+    """Nearest of K unit vectors, trained by gradient with a commitment term (GigaTok's quantizer)."""
+
+    kind: Literal["vq"] = "vq"
+    size: int = Field(16384, gt=1, description="codes K; 8,192 for the final UCF+K600 tokenizers (4.1)")
+    dim: int = Field(8, gt=0, description="channels of a code (GigaTok; not stated by the paper)")
+    commitment: float = Field(0.25, ge=0, description="beta, weight of the commitment term (GigaTok)")
+    entropy: float = Field(0.02, ge=0, description="gamma, weight of the entropy term (paper 3.1)")
+    temperature: float = Field(0.01, gt=0, description="of the softmax in the entropy term (GigaTok, LARP)")
+    revive_after: int = Field(100, gt=0, description="training steps without use after which a code moves")
+
+
+class ResidualVqConfig(Config):
+    """``depth`` codebooks, each on what the ones before left over; a token is ``depth`` indices."""
+
+    kind: Literal["residual_vq"] = "residual_vq"
+    size: int = Field(1024, gt=1, description="codes of each codebook")
+    depth: int = Field(4, gt=0, description="codebooks")
+    dim: int = Field(8, gt=0, description="channels of a code")
+    commitment: float = Field(0.25, ge=0, description="weight of the commitment term")
+    revive_after: int = Field(100, gt=0, description="training steps without use after which a code moves")
+
+
+class FsqConfig(Config):
+    """Finite scalar quantization (Mentzer et al., 2309.15505): each channel rounds to one of its levels."""
+
+    kind: Literal["fsq"] = "fsq"
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field((8, 5, 5, 5), min_length=1)
+
+
+class LfqConfig(Config):
+    """Lookup-free quantization (MAGVIT-v2, 2310.05737): the sign of each channel; 2**bits codes."""
+
+    kind: Literal["lfq"] = "lfq"
+    bits: int = Field(14, gt=0, le=24)
+    commitment: float = Field(0.25, ge=0, description="weight of the commitment term")
+    entropy: float = Field(0.02, ge=0, description="weight of the entropy term")
+    temperature: float = Field(0.01, gt=0, description="of the softmax in the entropy term")
+
+
+QuantizerConfig = Annotated[VqConfig | ResidualVqConfig | FsqConfig | LfqConfig, Field(discriminator="kind")]
+
+
+class Quantizer(nn.Module):
+    """``dim`` channels in and out; ``codebook_size`` distinct indices; ``depth`` indices per token."""
+
+    dim: int
+    codebook_size: int
+    depth: int = 1
+
+    def forward(self, z: Tensor) -> Quantization:
+        """Quantize ``z [N, dim]``; in training mode also learn from it."""
+        raise NotImplementedError
+
+    def assign(self, z: Tensor) -> Tensor:
+        """Indices ``[N]`` (or ``[N, depth]``) of ``z [N, dim]``; learns nothing, in bounded memory."""
+        raise NotImplementedError
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes ``[N, dim]`` of indices ``[N]`` (or ``[N, depth]``)."""
+        raise NotImplementedError
+
+
+def without_autocast(method: Callable[P, R]) -> Callable[P, R]:
+    """Run a quantizer's method in full precision: the nearest of thousands of codes is a close call."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return method(*args, **kwargs)
+
+    return run
+
+
+class Codebook(nn.Module):
+    """K trained vectors that do not stay unused.
+
+    A code that no training input chose for ``revive_after`` steps moves onto an input of the current
+    step; before the first step all count as unused, so the codebook starts from data. The move is kept in
+    a buffer added to the parameter: a sharded or mixed-precision optimizer owns the master copy of every
+    parameter and would silently undo a write to it.
+    """
+
+    offset: Tensor
+    idle: Tensor
+    step: Tensor
+
+    def __init__(self, size: int, dim: int, revive_after: int) -> None:
+        super().__init__()
+        self.revive_after = revive_after
+        self.weight = nn.Parameter(torch.randn(size, dim) * dim**-0.5)
+        self.register_buffer("offset", torch.zeros(size, dim))
+        self.register_buffer("idle", torch.full((size,), revive_after, dtype=torch.int32))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def vectors(self) -> Tensor:
+        """All codes, float32 ``[K, dim]``."""
+        return self.weight.float() + self.offset.float()
+
+    @torch.no_grad()
+    def observe(self, z: Tensor, indices: Tensor) -> None:
+        """Note which codes ``z [N, dim]`` chose, over all workers, and move those idle for too long."""
+        size, count = self.weight.shape[0], z.shape[0]
+        used = torch.zeros(size, dtype=torch.int32, device=z.device)
+        used[indices] = 1
+        workers, rank = _world()
+        if workers > 1:
+            distributed.all_reduce(used, distributed.ReduceOp.MAX)
+        self.idle.add_(1).masked_fill_(used.bool(), 0)
+        dead = self.idle >= self.revive_after
+        # Evenly spaced inputs, another set every step: no random draw, so a resumed run repeats it.
+        place = dead.cumsum(0) - 1
+        rows = (place * count // dead.sum().clamp(min=1) + self.step * 7919) % count
+        candidates = torch.where(z.isfinite().all(), z[rows], self.vectors())
+        if workers > 1:
+            mine = torch.arange(size, device=z.device) % workers == rank
+            candidates = candidates * mine[:, None]
+            distributed.all_reduce(candidates)
+        # The weight, random at first, tells apart codes that landed on the same input.
+        weight = self.weight.float()
+        moved = candidates + 0.01 * weight - weight
+        self.offset.copy_(torch.where(dead[:, None], moved, self.offset.float()))
+        self.idle.masked_fill_(dead, 0)
+        self.step.add_(1)
+
+
+class VectorQuantizer(Quantizer):
+    """l2-normalised VQ: inputs and codes on the unit sphere, the nearest by cosine (evatok.md 1.3)."""
+
+    def __init__(self, config: VqConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim, self.codebook_size = config.dim, config.size
+        self.codebook = Codebook(config.size, config.dim, config.revive_after)
+
+    @without_autocast
+    def forward(self, z: Tensor) -> Quantization:
+        unit, vectors = F.normalize(z.float(), dim=-1), self._vectors()
+        losses = {}
+        if self.training and self.config.entropy:
+            similarity = unit @ vectors.t()  # [N, K]; half the squared distance of unit vectors, from 1
+            indices = similarity.argmax(-1)
+            penalty = entropy_penalty(2 * similarity / self.config.temperature)
+            losses["entropy"] = self.config.entropy * penalty
+        else:
+            indices = nearest(unit, vectors)
+        codes = vectors[indices]
+        if self.training:
+            losses["vq"] = F.mse_loss(codes, unit.detach())
+            losses["commitment"] = self.config.commitment * F.mse_loss(unit, codes.detach())
+            self.codebook.observe(unit.detach(), indices)
+        metrics = codebook_metrics([self.codebook], indices)
+        return Quantization(unit + (codes - unit).detach(), indices, losses, metrics)
+
+    @without_autocast
+    def assign(self, z: Tensor) -> Tensor:
+        return nearest(F.normalize(z.float(), dim=-1), self._vectors())
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        return self._vectors()[indices]
+
+    def _vectors(self) -> Tensor:
+        return F.normalize(self.codebook.vectors(), dim=-1)
+
+
+class ResidualVectorQuantizer(Quantizer):
+    """A chain of Euclidean codebooks; the code is the sum of one vector from each."""
+
+    def __init__(self, config: ResidualVqConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim, self.codebook_size, self.depth = config.dim, config.size, config.depth
+        codebooks = [Codebook(config.size, config.dim, config.revive_after) for _ in range(config.depth)]
+        self.codebooks = cast("list[Codebook]", nn.ModuleList(codebooks))
+
+    @without_autocast
+    def forward(self, z: Tensor) -> Quantization:
+        z = z.float()
+        indices, codes = self._chain(z)
+        total = codes.sum(1)
+        losses = {}
+        if self.training:
+            targets = z[:, None] - codes.detach().cumsum(1) + codes.detach()  # what each codebook was given
+            losses["vq"] = F.mse_loss(codes, targets.detach()) * self.depth
+            losses["commitment"] = self.config.commitment * F.mse_loss(z, total.detach())
+            for codebook, rest, chosen in zip(self.codebooks, targets.unbind(1), indices.unbind(1)):
+                codebook.observe(rest.detach(), chosen)
+        metrics = codebook_metrics(self.codebooks, indices)
+        return Quantization(z + (total - z).detach(), indices, losses, metrics)
+
+    @without_autocast
+    def assign(self, z: Tensor) -> Tensor:
+        return self._chain(z.float())[0]
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        codes = [codebook.vectors()[indices[..., i]] for i, codebook in enumerate(self.codebooks)]
+        return torch.stack(codes).sum(0)
+
+    def _chain(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices ``[N, depth]`` and every codebook's vector ``[N, depth, dim]``."""
+        rest, indices, codes = z.detach(), [], []
+        for codebook in self.codebooks:
+            vectors = codebook.vectors()
+            indices.append(nearest(rest, vectors))
+            codes.append(vectors[indices[-1]])
+            rest = rest - codes[-1].detach()
+        return torch.stack(indices, 1), torch.stack(codes, 1)
+
+
+class FiniteScalarQuantizer(Quantizer):
+    """FSQ: a bounded channel rounds to one of its levels, evenly spaced in [-1, 1]; nothing to learn."""
+
+    levels: Tensor
+    bases: Tensor
+
+    def __init__(self, config: FsqConfig) -> None:
+        super().__init__()
+        self.dim, self.codebook_size = len(config.levels), math.prod(config.levels)
+        bases = [math.prod(config.levels[:i]) for i in range(self.dim)]
+        self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
+        self.register_buffer("bases", torch.tensor(bases), persistent=False)
+
+    @without_autocast
+    def forward(self, z: Tensor) -> Quantization:
+        position = self._position(z)
+        indices = self._index(position)
+        codes = (position + (position.round() - position).detach()) / (self.levels - 1) * 2 - 1
+        return Quantization(codes, indices, {}, histogram_metrics(indices, self.codebook_size))
+
+    @without_autocast
+    def assign(self, z: Tensor) -> Tensor:
+        return self._index(self._position(z))
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        digits = indices[..., None] // self.bases % self.levels
+        return digits / (self.levels - 1) * 2 - 1
+
+    def _position(self, z: Tensor) -> Tensor:
+        return (z.float().tanh() + 1) / 2 * (self.levels - 1)
+
+    def _index(self, position: Tensor) -> Tensor:
+        return (position.round().long() * self.bases).sum(-1)
+
+
+class LookupFreeQuantizer(Quantizer):
+    """LFQ: each channel's sign, scaled to a unit vector; MAGVIT-v2's entropy and commitment terms."""
+
+    bases: Tensor
+
+    def __init__(self, config: LfqConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim, self.codebook_size = config.bits, 2**config.bits
+        self.register_buffer("bases", 2 ** torch.arange(config.bits), persistent=False)
+
+    @without_autocast
+    def forward(self, z: Tensor) -> Quantization:
+        unit = F.normalize(z.float(), dim=-1)
+        indices = self.assign(z)
+        codes = self.lookup(indices)
+        losses = {}
+        if self.training:
+            losses["commitment"] = self.config.commitment * F.mse_loss(unit, codes)
+            if self.config.entropy:
+                losses["entropy"] = self.config.entropy * self._entropy(unit)
+        metrics = histogram_metrics(indices, self.codebook_size)
+        return Quantization(unit + (codes - unit).detach(), indices, losses, metrics)
+
+    def assign(self, z: Tensor) -> Tensor:
+        return ((z > 0) * self.bases).sum(-1)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        return self._corners(indices, self.dim)
+
+    def _corners(self, indices: Tensor, bits: int) -> Tensor:
+        signs = indices[..., None] // self.bases[:bits] % 2 * 2 - 1
+        return signs * float(self.dim**-0.5)
+
+    def _entropy(self, unit: Tensor) -> Tensor:
+        """The entropy term over groups of bits: exact per sample, an upper bound for the batch's entropy."""
+        total = unit.new_zeros(())
+        for part in torch.split(unit, _LFQ_GROUP, dim=-1):
+            bits = part.shape[-1]
+            corners = self._corners(torch.arange(2**bits, device=unit.device), bits)
+            total = total + entropy_penalty(2 * part @ corners.t() / self.config.temperature)
+        return total
+
+
+def build_quantizer(config: VqConfig | ResidualVqConfig | FsqConfig | LfqConfig) -> Quantizer:
+    """The quantizer that ``config`` describes."""
+    if isinstance(config, VqConfig):
+        return VectorQuantizer(config)
+    if isinstance(config, ResidualVqConfig):
+        return ResidualVectorQuantizer(config)
+    if isinstance(config, FsqConfig):
+        return FiniteScalarQuantizer(config)
+    return LookupFreeQuantizer(config)
+
+
+def entropy_penalty(logits: Tensor) -> Tensor:
+    """MAGVIT-v2's entropy term of assignment ``logits [N, K]``.
+
+    Mean entropy of a sample's soft assignment (low: confident) minus the entropy of the mean assignment
+    (high: all codes in use); between -log K and log K.
+    """
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    sample = -(p * log_p).sum(-1).mean()
+    mean = p.mean(0)
+    return sample + (mean * mean.clamp(min=1e-8).log()).sum()
+
+
+def nearest(z: Tensor, vectors: Tensor) -> Tensor:
+    """Indices ``[N]`` of the Euclidean nearest of ``vectors [K, dim]`` to ``z [N, dim]``, part by part."""
+    half = vectors.square().sum(-1) / 2
+    return torch.cat([(part @ vectors.t() - half).argmax(-1) for part in torch.split(z, _CHUNK)])
+
+
+def codebook_metrics(codebooks: Iterable[Codebook], indices: Tensor) -> dict[str, Tensor]:
+    """Usage (share of codes in recent use, 0..1) and perplexity of this batch (1..K), over all codebooks."""
+    sizes = {codebook.weight.shape[0] for codebook in codebooks}
+    usage = [(codebook.idle < codebook.revive_after).float().mean() for codebook in codebooks]
+    perplexity = [_perplexity(chosen, max(sizes)) for chosen in indices.view(len(indices), -1).unbind(1)]
+    return {
+        "codebook_usage": torch.stack(usage).mean(),
+        "codebook_perplexity": torch.stack(perplexity).mean(),
+    }
+
+
+def histogram_metrics(indices: Tensor, size: int) -> dict[str, Tensor]:
+    """Share of codes that this batch uses (0..1) and its perplexity (1..size)."""
+    counts = torch.bincount(indices, minlength=size)
+    return {
+        "codebook_usage": (counts > 0).float().mean(),
+        "codebook_perplexity": _perplexity(indices, size),
+    }
+
+
+def _perplexity(indices: Tensor, size: int) -> Tensor:
+    share = torch.bincount(indices, minlength=size) / max(indices.numel(), 1)
+    return (-(share * share.clamp(min=1e-12).log()).sum()).exp()
+
+
+def _world() -> tuple[int, int]:
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size(), distributed.get_rank()
+    return 1, 0

@@ -1,0 +1,70 @@
+"""Ragged token sequences of a batch of clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from evatok.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Code indices of B clips, packed.
+
+    ``indices``: int64 ``[N]``, sample by sample, block by block (residual VQ: ``[N, codebooks]``).
+    ``lengths``: int64 ``[B, T]``, token count of every block; they sum to N.
+    """
+
+    indices: Tensor
+    lengths: Tensor
+
+    def __post_init__(self) -> None:
+        if int(self.lengths.sum()) != self.indices.shape[0]:
+            raise ValueError(
+                f"{self.indices.shape[0]} indices for lengths that sum to {int(self.lengths.sum())}"
+            )
+
+    def __len__(self) -> int:
+        return self.lengths.shape[0]
+
+    def to(self, device: torch.device | str) -> Tokens:
+        return Tokens(self.indices.to(device), self.lengths.to(device))
+
+    def to_sequences(self) -> list[list[Tensor]]:
+        """Indices per clip and block: B lists of T tensors ``[tokens of the block]``."""
+        blocks = torch.split(self.indices, self.lengths.flatten().tolist())
+        depth = self.lengths.shape[1]
+        return [list(blocks[b * depth : (b + 1) * depth]) for b in range(len(self))]
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequence[Sequence[Tensor]]) -> Tokens:
+        """The inverse of ``to_sequences``."""
+        lengths = torch.tensor([[len(block) for block in clip] for clip in sequences], dtype=torch.int64)
+        return cls(torch.cat([block for clip in sequences for block in clip]), lengths)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Batches of clips with equal numbers of blocks, one after the other."""
+        return cls(torch.cat([part.indices for part in parts]), torch.cat([part.lengths for part in parts]))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        save_file(
+            {"indices": self.indices.contiguous().cpu(), "lengths": self.lengths.contiguous().cpu()}, path
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokens:
+        """Read what ``save`` wrote; raises UserError if the file is none of ours."""
+        try:
+            data = load_file(path)
+            return cls(data["indices"], data["lengths"])
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise UserError(f"{path} is not a token file written by `evatok encode`: {error}") from error
