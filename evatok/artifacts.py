@@ -295,9 +295,10 @@ class CurveWriter:
 
 
 def read_curves(location: Location) -> list[dict[str, Any]]:
-    """All rows that ``CurveWriter`` left in a stage's folder, by step; empty when there are none."""
+    """What ``CurveWriter`` left in a stage's folder: one row per step and split, by step."""
     rows = [row for name in location.list(CURVES) for row in _read_rows(location, f"{CURVES}/{name}")]
-    return sorted(rows, key=lambda row: row["step"])
+    latest = {(row["step"], row["split"]): row for row in rows}
+    return sorted(latest.values(), key=lambda row: row["step"])
 
 
 def _read_rows(location: Location, name: str) -> list[dict[str, Any]]:
