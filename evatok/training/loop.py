@@ -1,0 +1,264 @@
+"""The training loop: steps a task's engines over batches and can stop and go on at any step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+
+from evatok.config import OPERATIONAL, Config, problems
+from evatok.errors import UserError
+from evatok.training.checkpoint import Checkpoints, TrainState
+from evatok.training.curves import Curves, Sink, mean_over_ranks
+from evatok.training.engine import Engine, EngineOptions, World, join_world
+from evatok.training.schedules import Shape, learning_rate
+from evatok.training.tasks import Batch, Task
+
+
+class TrainConfig(Config):
+    """How a model is trained; what it is trained on is the stage's business."""
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    global_batch: int = Field(128, ge=1, description="clips per step over all workers (EVATok Sec. H: 128)")
+    micro_batch: Annotated[int | None, OPERATIONAL] = Field(
+        None, ge=1, description="clips per forward pass of one worker; default: its whole share of a step"
+    )
+    lr: float = Field(1e-4, gt=0, description="peak learning rate (EVATok Sec. H)")
+    final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step (EVATok Sec. H)")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up; EVATok states none")
+    schedule: Shape = Field("cosine", description="cosine, or wsd: constant, then 1 - sqrt to final_lr")
+    decay: float = Field(0.2, gt=0, le=1, description="share of the steps that wsd decays (EVATok Sec. H)")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW (GigaTok; EVATok states none)")
+    weight_decay: float = Field(1e-4, ge=0, description="on matrices only (GigaTok; EVATok states none)")
+    clip: float = Field(10.0, ge=0, description="largest gradient norm, 0 for none (GigaTok)")
+    ema: float = Field(0.9999, ge=0, lt=1, description="decay of averaged weights, 0 for none (GigaTok)")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the computation; auto is bf16 on GPUs that have it, else fp32"
+    )
+    zero_stage: Annotated[Literal[0, 1, 2, 3], OPERATIONAL] = Field(
+        0, description="DeepSpeed ZeRO stage of the model; a discriminator always has stage 0"
+    )
+    max_skipped: int = Field(10, ge=1, description="non-finite losses in a row that end the run")
+    log_every: Annotated[int, OPERATIONAL] = Field(
+        50, ge=1, description="steps that a curve's point averages"
+    )
+    eval_every: Annotated[int, OPERATIONAL] = Field(0, ge=0, description="steps between evaluations, 0: none")
+    checkpoint_every: Annotated[int, OPERATIONAL] = Field(1000, ge=1, description="steps")
+    keep_checkpoints: Annotated[int, OPERATIONAL] = Field(2, ge=1, description="newest checkpoints kept")
+
+    def problems(self, workers: int) -> Iterator[tuple[str, str]]:
+        """(key, what is wrong and what is allowed) for everything one field's type cannot say."""
+        if self.global_batch % workers:
+            yield "global_batch", f"{self.global_batch} clips cannot be split evenly over {workers} workers"
+        elif self.global_batch % (workers * self.micro(workers)):
+            share = self.global_batch // workers
+            yield (
+                "micro_batch",
+                f"{self.micro_batch} does not divide a worker's share of the batch, which is {share} "
+                f"(global_batch {self.global_batch} / {workers} workers)",
+            )
+        if self.warmup >= self.steps:
+            yield "warmup", f"{self.warmup} must be less than steps, which is {self.steps}"
+        if self.final_lr > self.lr:
+            yield "final_lr", f"{self.final_lr} must not exceed lr, which is {self.lr}"
+
+    def check(self, workers: int, where: str = "train") -> None:
+        """Raises UserError that lists every problem; starts nothing."""
+        found = [(f"{where}.{key}", problem) for key, problem in self.problems(workers)]
+        if found:
+            raise problems(found, "the training config")
+
+    def micro(self, workers: int) -> int:
+        """Clips per forward pass of one worker."""
+        return self.micro_batch or max(1, self.global_batch // workers)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of optimizer step ``step``, 0 being the first."""
+        return learning_rate(
+            step,
+            steps=self.steps,
+            peak=self.lr,
+            final=self.final_lr,
+            warmup=self.warmup,
+            shape=self.schedule,
+            decay=self.decay,
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``metrics``: of the last point of the curves; ``weights``: state dict of the model, on rank 0 only."""
+
+    metrics: Mapping[str, float]
+    weights: Mapping[str, Tensor]
+
+
+def train(
+    task: Task,
+    config: TrainConfig,
+    batches: Callable[[int], Iterable[Batch]],
+    *,
+    seed: int,
+    checkpoints: Checkpoints,
+    sinks: Sequence[Sink] = (),
+    evaluation: Sequence[Batch] = (),
+) -> Trained:
+    """Train to ``config.steps``, from the newest checkpoint on. Every rank calls it.
+
+    ``batches(start)``: this rank's micro-batches in order, from global sample position ``start`` on.
+    ``evaluation``: this rank's held-out batches, equally many on every rank.
+    Raises UserError when the loss stays non-finite; the newest checkpoint is then one from before.
+    """
+    world = join_world()
+    config.check(world.size)
+    run = _Run(task, config, world, seed, checkpoints.latest())
+    curves = Curves(world, sinks, run.step, run.samples, config.steps)
+    source = iter(batches(run.samples))
+    while run.step < config.steps:
+        run.take_step(source, curves)
+        last = run.step == config.steps
+        save = last or run.step % config.checkpoint_every == 0
+        if save or run.step % config.log_every == 0:
+            curves.point(run.step, run.samples)
+        if evaluation and (last or (config.eval_every and run.step % config.eval_every == 0)):
+            curves.evaluated(run.step, run.samples, run.evaluate(evaluation))
+        if save and run.skipped_in_a_row == 0:
+            curves.flush()
+            checkpoints.save(run.state(), {**curves.latest, "step": run.step, "samples": run.samples})
+    curves.flush()
+    return Trained(curves.latest, run.engines["model"].weights())
+
+
+class _Run:
+    """What a step changes, and the step."""
+
+    def __init__(self, task: Task, config: TrainConfig, world: World, seed: int, saved: TrainState | None):
+        self.task, self.config, self.world, self.seed = task, config, world, seed
+        self.step = saved.step if saved else 0
+        self.samples = saved.samples if saved else 0
+        self.skipped = saved.skipped if saved else 0
+        self.skipped_in_a_row = 0
+        self.accumulation = config.global_batch // (config.micro(world.size) * world.size)
+        bf16 = config.precision == "bf16" or (
+            config.precision == "auto" and world.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
+        torch.manual_seed(seed)
+        self.engines = {
+            name: Engine(module, self._options(name, bf16), world, saved.engines[name] if saved else None)
+            for name, module in task.build(world.device).items()
+        }
+        self.modules = {name: engine.forward for name, engine in self.engines.items()}
+
+    def _options(self, name: str, bf16: bool) -> EngineOptions:
+        main = name == "model"
+        return EngineOptions(
+            zero_stage=self.config.zero_stage if main else 0,
+            micro_batch=self.config.micro(self.world.size),
+            accumulation=self.accumulation,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+            clip=self.config.clip,
+            ema=self.config.ema if main else 0.0,
+            bf16=bf16,
+        )
+
+    def take_step(self, source: Iterator[Batch], curves: Curves) -> None:
+        """One optimizer step of every engine that got a loss, over ``global_batch`` clips."""
+        stepping: set[str] = set()
+        for index in range(self.accumulation):
+            with curves.timed("data"):
+                batch = self._receive(source)
+            self._seed_random(index)
+            losses = self.task.losses(self.modules, batch, self.step)
+            finite = True
+            while finite:
+                with curves.timed("forward"), self.autocast:
+                    found = next(losses, None)
+                if found is None:
+                    break
+                name, loss, metrics = found
+                finite = self._finite_everywhere(loss)
+                if finite:
+                    with curves.timed("backward"):
+                        self.engines[name].backward(loss)
+                    stepping.add(name)
+                    curves.add(metrics)
+            self._count(finite)
+        rate = self.config.rate(self.step)
+        with curves.timed("optimizer"):
+            for name in sorted(stepping):
+                self.engines[name].step(rate * self.task.rate_scale(name))
+        self.step += 1
+        self.samples += self.config.global_batch
+        curves.add({"lr": rate, "skipped": float(self.skipped)})
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """The task's metrics with the averaged weights, mean over the batches of all ranks."""
+        sums: dict[str, Tensor | float] = defaultdict(float)
+        engine = self.engines["model"]
+        engine.module.eval()
+        with engine.averaged():
+            for index, batch in enumerate(batches):
+                self._seed_random(index)
+                with self.autocast:
+                    metrics = self.task.evaluate(self.modules, _to(batch, self.world.device))
+                for name, value in metrics.items():
+                    sums[name] = sums[name] + value
+        engine.module.train()
+        return mean_over_ranks({name: value / len(batches) for name, value in sums.items()}, self.world)
+
+    def state(self) -> TrainState | None:
+        """Whole state on rank 0, None on the others; every rank calls it."""
+        engines = {name: engine.state() for name, engine in self.engines.items()}
+        if self.world.rank != 0:
+            return None
+        return TrainState(self.step, self.samples, self.skipped, engines)
+
+    def _receive(self, source: Iterator[Batch]) -> Batch:
+        batch = next(source)
+        if (position := batch.get("position")) is not None:
+            first, last = int(position.min()), int(position.max())
+            if first < self.samples or last >= self.samples + self.config.global_batch:
+                raise RuntimeError(
+                    f"the stream is out of order: step {self.step} takes clips from position {self.samples} "
+                    f"on and was given {first} to {last}"
+                )
+        return _to(batch, self.world.device)
+
+    def _seed_random(self, index: int) -> None:
+        # Whatever a module draws (dropout) depends on where in the run it is and on nothing before it, so
+        # no generator's state has to be kept.
+        place = [self.seed, self.step, index, self.world.rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+
+    def _finite_everywhere(self, loss: Tensor) -> bool:
+        finite = torch.isfinite(loss.detach()).float()
+        if self.world.size > 1:
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return bool(finite)
+
+    def _count(self, finite: bool) -> None:
+        if finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise UserError(
+                f"training diverged: {self.skipped_in_a_row} losses in a row were not finite, the last at "
+                f"step {self.step}. The newest checkpoint is from before and is kept. Lower train.lr or "
+                "train.clip, lengthen train.warmup, or set train.precision to fp32."
+            )
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
