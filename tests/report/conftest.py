@@ -256,7 +256,12 @@ def _summary(policies: dict) -> dict:
             "rises_with_tokens": True,
             "oracle_reward": 1.9,
             "oracle_beats_uniforms": True,
-            "single_point": "",
+            "single_point": {
+                "reference": "32",
+                "tokens_percent": -29.6,
+                "quality": 0.12,
+                "reference_quality": 0.119,
+            },
         },
     }
 
