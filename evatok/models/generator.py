@@ -1,5 +1,7 @@
 """The generator: a Llama-style GPT over adaptive token sequences (evatok.md 6)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -8,31 +10,21 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
-from typing_extensions import Self
 
 from evatok.config import Config
-from evatok.models.layers import PRESETS, TransformerSize
+from evatok.models.layers import TransformerSize
+from evatok.models.pretrained import PretrainedModel
 from evatok.models.sequence import PackedSequences, Vocabulary
+from evatok.models.tokenizer import Size
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values ``[..., heads, D]`` of the new tokens -> attention output of the same shape."""
 
 
-SIZES = {**PRESETS, "L-plus": (1280, 30, 20)}
-"""B, L and L-plus have 99 M, 327 M and 633 M parameters with 8,192 codes and 101 classes (paper Tab. 3)."""
+class NetworkConfig(Config):
+    """The transformer. B, L and L-plus are the paper's 99 M, 327 M and 633 M (Tab. 3; shapes inferred)."""
 
-
-class GeneratorConfig(Config):
-    """What a generator is; saved beside its weights."""
-
-    codes: int = Field(gt=0, description="codebook size of the tokenizer")
-    choices: tuple[int, ...] = Field(description="token choices of a block, ascending")
-    blocks: int = Field(gt=0, description="temporal blocks of a clip")
-    classes: int = Field(0, ge=0, description="class tokens; 0: unconditional or frame prediction")
-    condition: tuple[int, ...] = Field(
-        (), description="fixed assignment of the given blocks of a frame predictor; K600: (512, 128)"
-    )
-    size: str | TransformerSize = Field("B", description="preset (B, L, L-plus, ...) or its own shape")
+    size: Size = Field(TransformerSize.preset("B"), description="preset name, or width, layers, heads")
     position: Literal["absolute", "rope"] = Field(
         "absolute", description="learned absolute embeddings as in GigaTok and LARP, or rotary"
     )
@@ -43,11 +35,27 @@ class GeneratorConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if isinstance(self.size, str) and self.size not in SIZES:
-            raise ValueError(f"unknown size {self.size!r}; presets are {', '.join(SIZES)}")
-        if self.position == "rope" and self.shape.width // self.shape.heads % 2:
-            raise ValueError(f"rope needs an even head width, not {self.shape.width // self.shape.heads}")
+    def _rotary_width(self) -> NetworkConfig:
+        if self.position == "rope" and self.size.width // self.size.heads % 2:
+            raise ValueError(f"rope needs an even head width, not {self.size.width // self.size.heads}")
+        return self
+
+
+class GeneratorConfig(Config):
+    """What a generator is, saved beside its weights: a network and the sequences it models."""
+
+    network: NetworkConfig = NetworkConfig()
+    codes: int = Field(gt=0, description="codebook size of the tokenizer")
+    choices: tuple[int, ...] = Field(description="token choices of a block, ascending")
+    blocks: int = Field(gt=0, description="temporal blocks of a clip")
+    labels: tuple[str, ...] = Field((), description="names of the classes; none: unconditional")
+    condition: tuple[int, ...] = Field(
+        (), description="fixed assignment of the given blocks of a frame predictor; K600: (512, 128)"
+    )
+    codebook: str = Field("", description="the tokenizer's codebook, as it names itself")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GeneratorConfig:
         if not self.choices or list(self.choices) != sorted(set(self.choices)) or self.choices[0] < 1:
             raise ValueError(f"choices must be positive and ascending, not {self.choices}")
         if len(self.condition) >= self.blocks:
@@ -59,15 +67,8 @@ class GeneratorConfig(Config):
         return self
 
     @property
-    def shape(self) -> TransformerSize:
-        if isinstance(self.size, TransformerSize):
-            return self.size
-        width, layers, heads = SIZES[self.size]
-        return TransformerSize(width=width, layers=layers, heads=heads)
-
-    @property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.codes, self.choices, self.classes)
+        return Vocabulary(self.codes, self.choices, len(self.labels))
 
     @property
     def positions(self) -> int:
@@ -83,11 +84,11 @@ class SlotCache:
     keys: Tensor
     values: Tensor
 
-    def select(self, slots: Tensor) -> "SlotCache":
+    def select(self, slots: Tensor) -> SlotCache:
         """A copy of some slots (int64 ``[n]``)."""
         return SlotCache(self.keys[:, slots], self.values[:, slots])
 
-    def slot(self, slot: int) -> "SlotCache":
+    def slot(self, slot: int) -> SlotCache:
         """One slot, as a view that writes through."""
         return SlotCache(self.keys[:, slot : slot + 1], self.values[:, slot : slot + 1])
 
@@ -141,18 +142,20 @@ class Layer(nn.Module):
         return out
 
 
-class Generator(nn.Module):
+class Generator(PretrainedModel):
     """Predicts codes and length tokens from what stands before them."""
 
+    config: GeneratorConfig
+    config_type = GeneratorConfig
+
     def __init__(self, config: GeneratorConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.vocabulary = config.vocabulary
-        size = config.shape
+        network, size = config.network, config.network.size
         self.embedding = nn.Embedding(self.vocabulary.size, size.width)
-        self.position = nn.Embedding(config.positions, size.width) if config.position == "absolute" else None
-        self.token_dropout = nn.Dropout(config.token_dropout)
-        layers = [Layer(size, config.dropout) for _ in range(size.layers)]
+        self.position = nn.Embedding(config.positions, size.width) if network.position == "absolute" else None
+        self.token_dropout = nn.Dropout(network.token_dropout)
+        layers = [Layer(size, network.dropout) for _ in range(size.layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(size.width, eps=1e-5)
         self.head = nn.Linear(size.width, self.vocabulary.predicted, bias=False)
@@ -205,7 +208,7 @@ class Generator(nn.Module):
 
     def new_cache(self, slots: int) -> SlotCache:
         """An empty cache for so many sequences, on the weights' device and in their precision."""
-        size = self.config.shape
+        size = self.config.network.size
         weight = self.head.weight
         shape = (size.layers, slots, self.config.positions, size.heads, size.width // size.heads)
         return SlotCache(weight.new_zeros(shape), weight.new_zeros(shape))
@@ -213,7 +216,7 @@ class Generator(nn.Module):
     def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self.embedding(tokens)
         if self.position is None:
-            size = self.config.shape
+            size = self.config.network.size
             return self.token_dropout(x), rotations(positions, size.width // size.heads).to(x.dtype)
         return self.token_dropout(x + self.position(positions)), None
 

@@ -312,15 +312,15 @@ def allowed_counts(config: GeneratorConfig, requests: Requests) -> Tensor:
 def check_requests(config: GeneratorConfig, requests: Requests, sampling: SamplingConfig) -> None:
     """Raises UserError where a request and the generator do not fit."""
     labels, given, condition = requests.labels, requests.given, requests.condition
-    wrong = labels[(labels != NO_CLASS) & ((labels < 0) | (labels >= config.classes))]
+    wrong = labels[(labels != NO_CLASS) & ((labels < 0) | (labels >= len(config.labels)))]
     if len(wrong):
-        raise UserError(f"class {int(wrong[0])}: this generator has classes 0 to {config.classes - 1}")
-    if sampling.guidance != 1 and not config.classes:
+        raise UserError(f"class {int(wrong[0])}: this generator has classes 0 to {len(config.labels) - 1}")
+    if sampling.guidance != 1 and not config.labels:
         raise UserError(f"guidance {sampling.guidance}: this generator has no classes; leave guidance at 1")
-    if sampling.guidance != 1 and not config.class_dropout:
+    if sampling.guidance != 1 and not config.network.class_dropout:
         raise UserError(
             f"guidance {sampling.guidance}: this generator was trained without class dropout and knows no"
-            " unconditional clips; leave guidance at 1 or train with generator.model.class_dropout=0.1"
+            " unconditional clips; leave guidance at 1 or train with generator.network.class_dropout=0.1"
         )
     if requests.assignment is not None:
         check_counts(config, requests.assignment[requests.assignment != 0])

@@ -7,15 +7,25 @@ from evatok.models.sequence import PackedSequences, pack
 
 
 def config(**changes):
-    small = {"codes": 11, "choices": (1, 2, 4), "blocks": 3, "classes": 2, "token_dropout": 0, "dropout": 0}
-    return GeneratorConfig(**(small | {"size": {"width": 16, "layers": 2, "heads": 2}} | changes))
+    network = {
+        "size": {"width": 16, "layers": 2, "heads": 2},
+        "position": changes.pop("position", "absolute"),
+    }
+    small = {"codes": 11, "choices": (1, 2, 4), "blocks": 3, "labels": ("a", "b"), "network": network}
+    return GeneratorConfig(**(small | changes))
 
 
 @pytest.mark.parametrize(("size", "millions"), [("B", 99), ("L", 327), ("L-plus", 633)])
 def test_presets_have_the_papers_parameter_counts(size, millions):
     with torch.device("meta"):
         model = Generator(
-            GeneratorConfig(codes=8192, choices=(32, 64, 128, 256, 512), blocks=4, classes=101, size=size)
+            GeneratorConfig(
+                codes=8192,
+                choices=(32, 64, 128, 256, 512),
+                blocks=4,
+                labels=tuple(map(str, range(101))),
+                network={"size": size},
+            )
         )
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
 
@@ -69,7 +79,7 @@ def test_longest_sequence_fits_the_positions_exactly():
     plain = config()
     batch = pack(plain.vocabulary, torch.tensor([0]), torch.zeros(12).long(), torch.tensor([[4, 4, 4]]))
     assert len(batch.tokens) == plain.positions
-    predictor = config(condition=(4, 2), classes=0)
+    predictor = config(condition=(4, 2), labels=())
     batch = pack(
         predictor.vocabulary,
         torch.tensor([-1]),
@@ -86,8 +96,7 @@ def test_longest_sequence_fits_the_positions_exactly():
         ({"choices": (4, 2)}, "ascending"),
         ({"condition": (4, 4, 4)}, "none is left"),
         ({"condition": (3,)}, "not among choices"),
-        ({"size": "XXL"}, "presets are"),
-        ({"size": {"width": 6, "layers": 1, "heads": 2}, "position": "rope"}, "even head width"),
+        ({"network": {"size": {"width": 6, "layers": 1, "heads": 2}, "position": "rope"}}, "even head width"),
     ],
 )
 def test_config_refuses_what_cannot_work(changes, words):

@@ -22,11 +22,12 @@ from evatok.models.tokens import Tokens
 CHOICES = (1, 2, 4, 8)
 
 
-def build(seed=0, scale=1.0, **changes):
+def build(seed=0, scale=1.0, network=None, **changes):
     """A generator with random weights large enough for logits that differ."""
-    small = {"codes": 11, "choices": CHOICES, "blocks": 3, "classes": 2}
+    network = {"size": {"width": 16, "layers": 2, "heads": 2}} | (network or {})
+    small = {"codes": 11, "choices": CHOICES, "blocks": 3, "labels": ("a", "b"), "network": network}
     torch.manual_seed(seed)
-    model = Generator(GeneratorConfig(**(small | {"size": {"width": 16, "layers": 2, "heads": 2}} | changes)))
+    model = Generator(GeneratorConfig(**(small | changes)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -75,7 +76,7 @@ def test_every_sample_is_a_valid_sequence_within_its_budget(seed, scale, count, 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("position", ["absolute", "rope"])
 def test_cached_sampling_equals_uncached_for_ragged_clips(position, guidance):
-    model = build(position=position, scale=0.3)
+    model = build(network={"position": position}, scale=0.3)
     config = SamplingConfig(slots=4, guidance=guidance)
     cached = sample(model, requests(9), config)
     uncached = sample(model, requests(9), config, cached=False)
@@ -133,7 +134,7 @@ def test_given_blocks_are_kept_and_continued_as_if_they_had_been_sampled():
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_frame_predictor_starts_with_the_given_assignment_and_depends_on_the_frames(cached):
-    model = build(classes=0, condition=(8, 2))
+    model = build(labels=(), condition=(8, 2))
     labels, seeds = torch.full((3,), NO_CLASS), torch.zeros(3).long()
     condition = torch.randint(11, (3, 10))
     given = Tokens(condition[:, :8].flatten(), torch.full((3, 1), 8))
@@ -154,10 +155,8 @@ def test_overfitted_generator_returns_its_clips_greedily():
             codes=50,
             choices=CHOICES,
             blocks=4,
-            classes=8,
-            size={"width": 48, "layers": 2, "heads": 2},
-            token_dropout=0,
-            dropout=0,
+            labels=tuple("abcdefgh"),
+            network={"size": {"width": 48, "layers": 2, "heads": 2}, "token_dropout": 0, "dropout": 0},
         )
     )
     lengths = torch.tensor(CHOICES)[torch.randint(4, (8, 4))]
@@ -240,8 +239,8 @@ def test_one_step_is_a_single_graph_of_static_shapes():
     ("model", "changes", "config", "words"),
     [
         ({}, {"labels": torch.tensor([2, 0])}, {}, "classes 0 to 1"),
-        ({"classes": 0}, {"labels": torch.tensor([-1, -1])}, {"guidance": 2}, "no classes"),
-        ({"class_dropout": 0}, {}, {"guidance": 2}, "without class dropout"),
+        ({"labels": ()}, {"labels": torch.tensor([-1, -1])}, {"guidance": 2}, "no classes"),
+        ({"network": {"class_dropout": 0}}, {}, {"guidance": 2}, "without class dropout"),
         ({}, {"assignment": torch.tensor([[1, 3, 1]] * 2)}, {}, "3 tokens in a block"),
         ({}, {"assignment": torch.tensor([[1, 1, 1, 1]] * 2)}, {}, "4 blocks"),
         ({}, {"budget": 2}, {}, "at least 3"),
