@@ -20,11 +20,12 @@ PRESETS: dict[str, tuple[int, int, int]] = {
     "S": (512, 6, 8),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
+    "L-plus": (1280, 30, 20),
 }
 
 
 class TransformerSize(Config):
-    """Width, depth and heads of an encoder or decoder; S, B, L are GigaTok's."""
+    """Width, depth and heads of an encoder or decoder; S, B, L are GigaTok's and LlamaGen's."""
 
     width: int = Field(gt=0, description="channels of the residual stream")
     layers: int = Field(gt=0)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from pydantic import BeforeValidator, Field, model_validator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evatok.config import Config
@@ -23,6 +19,7 @@ from evatok.models.blocks import (
     run_block,
 )
 from evatok.models.layers import QFormer, TransformerSize
+from evatok.models.pretrained import PretrainedModel
 from evatok.models.quantizers import QuantizerConfig, VqConfig, build_quantizer
 from evatok.models.queries import mean_over_cover, pool_levels
 from evatok.models.tokens import Tokens
@@ -108,16 +105,18 @@ class TokenizerOutput(NamedTuple):
     features: Tensor
 
 
-class VideoTokenizer(nn.Module):
+class VideoTokenizer(PretrainedModel):
     """Block-causal Q-Former tokenizer with any number of tokens per block, sample by sample.
 
     Tokens of block t depend on frames of blocks <= t only, and the frames of block t on tokens of
     blocks <= t only. A batch is packed: linear layers and attention cost what its tokens cost.
     """
 
+    config_type = TokenizerConfig
+    config: TokenizerConfig
+
     def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width, most = config.encoder.width, config.choices[-1]
         self.patch_embed = nn.Linear(config.voxels, width)
         self.patch_position = nn.Parameter(torch.randn(config.blocks, config.patches, width) * width**-0.5)
@@ -144,6 +143,11 @@ class VideoTokenizer(nn.Module):
     @property
     def blocks(self) -> int:
         return self.config.blocks
+
+    @property
+    def codes(self) -> int:
+        """Distinct code indices."""
+        return self.quantizer.codebook_size
 
     @property
     def device(self) -> torch.device:
@@ -283,23 +287,6 @@ class VideoTokenizer(nn.Module):
         if self.config.decoder_queries == "first":
             return tokens[starts].repeat_interleave(self.config.patches, 0)
         return mean_over_cover(tokens, starts, counts, self.config.grid)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
-        (folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path) -> VideoTokenizer:
-        """Load from a folder written by ``save_pretrained``, or from a Hugging Face id."""
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(str(source), allow_patterns=["model.safetensors", "config.json"]))
-        model = cls(TokenizerConfig(**json.loads((folder / "config.json").read_text())))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        return model
 
 
 def _extended(cache: KvCache | None, store: Store | None, *others: Store) -> KvCache | None:

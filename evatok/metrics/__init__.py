@@ -1,0 +1,1 @@
+"""What a reconstruction or a set of samples is worth."""
