@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,27 +13,34 @@ from typing import Any, Protocol
 import ray
 import ray.train
 import torch
-from ray.data import Dataset, ExecutionOptions
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
 
 from evatok.artifacts import CurveWriter, Location
 from evatok.errors import UserError
-from evatok.training.checkpoint import TrainState
-from evatok.training.loop import TrainConfig, train
+from evatok.training.checkpoint import FolderCheckpoints, TrainState
+from evatok.training.curves import ROW_KEYS, Sink
+from evatok.training.loop import TrainConfig, Trained, train
 from evatok.training.tasks import Batch, Task
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+TRAIN, EVALUATION = "train", "evaluation"
 
 
 class Stream(Protocol):
-    """Clips at the global sample positions from ``start`` to ``start + count`` in order, as a dataset.
+    """Samples at the global positions from ``start`` to ``start + count``, in order, as a dataset.
 
     ``rows_per_block`` must be kept to: equal blocks are what makes the order survive the split over workers.
     """
 
     def __call__(self, *, start: int, count: int, rows_per_block: int) -> Dataset: ...
+
+
+Listener = Callable[[int, int, Mapping[str, float]], None]
+"""Called on the driver with (steps done, steps in all, newest figures)."""
 
 
 def fit(
@@ -45,6 +54,8 @@ def fit(
     workers: int,
     cpus_per_worker: float = 1,
     use_gpu: bool = False,
+    evaluation: Callable[[], Dataset] | None = None,
+    listener: Listener | None = None,
     max_failures: int = 3,
 ) -> dict[str, float]:
     """Train ``task`` on Ray workers and leave ``model/`` and ``curves/`` in ``location``.
@@ -52,61 +63,77 @@ def fit(
     ``run_id`` is one word that is the same for every attempt at this training and for no other one: a driver
     that was killed goes on from the newest checkpoint when it is called again with it. A worker that dies is
     replaced up to ``max_failures`` times (a preempted one without limit), and the stream is then made anew
-    from the clips that the newest checkpoint has seen.
+    from the samples that the newest checkpoint has seen.
+    ``workers`` 0 trains in this process, without actors of Ray Train and without retries.
+    ``evaluation``: held-out samples, few: each worker keeps its share in memory, so that an evaluation never
+    waits for a stream nor holds one up.
     Returns the last metrics. Raises UserError for what is the user's to mend (a diverged loss among it).
     """
-    config.check(workers)
+    config.check(max(1, workers))
+    job = _Job(task, config, location, seed, max(1, int(cpus_per_worker)))
     storage = location / CHECKPOINTS
+    if workers == 0:
+        return _fit_here(job, stream, evaluation, storage / run_id, listener)
     storage.fs.create_dir(storage.path, recursive=True)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={
-            "task": task,
-            "config": config,
-            "location": location,
-            "seed": seed,
-            "threads": max(1, int(cpus_per_worker)),
-        },
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
-        ),
-        run_config=RunConfig(
-            name=run_id,
-            storage_path=storage.path,
-            storage_filesystem=storage.fs,
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            failure_config=FailureConfig(max_failures=max_failures),
-        ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        # Called by the controller whenever a group of workers starts, so every attempt gets its own stream.
-        datasets={"train": lambda: _remaining(stream, config, workers, storage / run_id)},
-        dataset_config=ray.train.DataConfig(
-            execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False
-        ),
-    )
-    outcome = trainer.fit().return_value
+    # Called by the controller whenever a group of workers starts, so every attempt gets its own stream.
+    datasets = {TRAIN: lambda: _remaining(stream, config, workers, _samples_seen(storage / run_id))}
+    if evaluation:
+        datasets[EVALUATION] = evaluation
+    with _heard(listener, config.steps) as queue:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"job": job, "queue": queue, "evaluate": evaluation is not None},
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+            ),
+            run_config=RunConfig(
+                name=run_id,
+                storage_path=storage.path,
+                storage_filesystem=storage.fs,
+                checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+                failure_config=FailureConfig(max_failures=max_failures),
+            ),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            datasets=datasets,
+            dataset_config=DataConfig(
+                execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False
+            ),
+        )
+        outcome = trainer.fit().return_value
     if "error" in outcome:
         raise UserError(outcome["error"])
     return dict(outcome["metrics"])
 
 
-def _remaining(stream: Stream, config: TrainConfig, workers: int, run: Location) -> Dataset:
-    seen = _samples_seen(run)
-    # Rows are only asked for as training goes; one block more than needed would be decoded for nothing.
-    dataset = stream(
-        start=seen,
-        count=max(config.global_batch, config.steps * config.global_batch - seen),
-        rows_per_block=config.micro(workers),
-    )
-    # A long evaluation or upload is no failure of the stream.
-    dataset.context.execution_no_progress_timeout_s = -1
+@dataclass(frozen=True)
+class _Job:
+    """What a worker is told."""
+
+    task: Task
+    config: TrainConfig
+    location: Location
+    seed: int
+    threads: int
+
+    def batches(self, dataset: DataIterator | Dataset, size: int) -> Iterator[Batch]:
+        return iter(
+            dataset.iter_torch_batches(batch_size=size, collate_fn=self.task.collate, prefetch_batches=2)
+        )
+
+
+def _remaining(stream: Stream, config: TrainConfig, workers: int, seen: int) -> Dataset:
+    # At least one step's worth, because Ray refuses an empty dataset; nothing of it runs unless asked for.
+    count = max(config.global_batch, config.steps * config.global_batch - seen)
+    dataset = stream(start=seen, count=count, rows_per_block=config.micro(workers))
+    dataset.context.execution_no_progress_timeout_s = -1  # a long evaluation or upload is no failure
+    dataset.context.enable_progress_bars = False
     return dataset
 
 
 def _samples_seen(run: Location) -> int:
-    """Clips that the newest reported checkpoint has seen: the one ``ray.train.get_checkpoint`` will give."""
+    """Samples that the newest reported checkpoint has seen: the one ``ray.train.get_checkpoint`` gives."""
     try:
         newest = ray.train.Result.from_path(run.path, storage_filesystem=run.fs)
     except RuntimeError:  # nothing was reported yet
@@ -116,41 +143,112 @@ def _samples_seen(run: Location) -> int:
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """The training function of one worker. What the user must mend is returned: Ray would retry an error."""
-    task, config, location = settings["task"], settings["config"], settings["location"]
-    rank = ray.train.get_context().get_world_rank()
-    torch.set_num_threads(settings["threads"])
+    job: _Job = settings["job"]
+    context = ray.train.get_context()
+    first = context.get_world_rank() == 0
+    micro = job.config.micro(context.get_world_size())
+    torch.set_num_threads(job.threads)
+    held_out = []
+    if settings["evaluate"]:
+        held_out = list(job.batches(ray.train.get_dataset_shard(EVALUATION), micro))
+    sinks: list[Sink] = [CurveWriter(job.location)] if first else []
+    if first and settings["queue"]:
+        sinks.append(_QueueSink(settings["queue"]))
     try:
         trained = train(
-            task,
-            config,
-            _ShardBatches(config),
-            seed=settings["seed"],
+            job.task,
+            job.config,
+            lambda start: job.batches(ray.train.get_dataset_shard(TRAIN), micro),
+            seed=job.seed,
             checkpoints=_ReportedCheckpoints(),
-            sinks=[CurveWriter(location)] if rank == 0 else [],
+            sinks=sinks,
+            evaluation=held_out,
         )
+        if first:
+            _publish(job, trained)
     except UserError as error:
         return {"error": str(error)}
-    if rank == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            task.export(trained.weights, Path(folder))
-            location.upload(folder, MODEL)
     return {"metrics": dict(trained.metrics)}
 
 
-@dataclass(frozen=True)
-class _ShardBatches:
-    """This worker's share of the stream, which begins where the newest checkpoint ends."""
+def _fit_here(
+    job: _Job,
+    stream: Stream,
+    evaluation: Callable[[], Dataset] | None,
+    run: Location,
+    listener: Listener | None,
+) -> dict[str, float]:
+    config, micro = job.config, job.config.micro(1)
+    sinks: list[Sink] = [CurveWriter(job.location)]
+    if listener:
+        sinks.append(_ListenerSink(listener, config.steps))
+    trained = train(
+        job.task,
+        config,
+        lambda start: job.batches(_remaining(stream, config, 1, start), micro),
+        seed=job.seed,
+        checkpoints=FolderCheckpoints(run, config.keep_checkpoints),
+        sinks=sinks,
+        evaluation=list(job.batches(evaluation(), micro)) if evaluation else [],
+    )
+    _publish(job, trained)
+    return dict(trained.metrics)
 
-    config: TrainConfig
 
-    def __call__(self, start: int) -> Iterator[Batch]:
-        workers = ray.train.get_context().get_world_size()
-        shard = ray.train.get_dataset_shard("train")
-        return iter(
-            shard.iter_torch_batches(
-                batch_size=self.config.micro(workers), drop_last=True, device="cpu", prefetch_batches=2
-            )
-        )
+def _publish(job: _Job, trained: Trained) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        job.task.export(trained.weights, Path(folder))
+        job.location.upload(folder, MODEL)
+
+
+@dataclass
+class _ListenerSink:
+    """Passes the newest figures on; those of an evaluation as ``eval_NAME``."""
+
+    listener: Listener
+    steps: int
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        prefix = "" if row["split"] == "train" else "eval_"
+        figures = {prefix + name: v for name, v in row.items() if name not in ROW_KEYS}
+        self.listener(row["step"], self.steps, figures)
+
+    def flush(self) -> None:
+        pass
+
+
+@dataclass
+class _QueueSink:
+    queue: Queue
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self.queue.put(dict(row))
+
+    def flush(self) -> None:
+        pass
+
+
+@contextmanager
+def _heard(listener: Listener | None, steps: int) -> Iterator[Queue | None]:
+    """A queue for rank 0's rows; while the block runs a thread passes them to the listener."""
+    if listener is None:
+        yield None
+        return
+    queue = Queue(actor_options={"num_cpus": 0})
+    sink = _ListenerSink(listener, steps)
+
+    def listen() -> None:
+        while (row := queue.get()) is not None:
+            sink.write(row)
+
+    thread = threading.Thread(target=listen, name="evatok-progress", daemon=True)
+    thread.start()
+    try:
+        yield queue
+        queue.put(None)
+        thread.join()
+    finally:
+        queue.shutdown()
 
 
 class _ReportedCheckpoints:

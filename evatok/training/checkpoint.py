@@ -7,15 +7,16 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from evatok.artifacts import Location
 
 STATE = "state.json"
 
@@ -57,35 +58,31 @@ class Checkpoints(Protocol):
 
 @dataclass(frozen=True)
 class FolderCheckpoints:
-    """Checkpoints in a local (or shared) folder, published by rename; the newest ``keep`` stay."""
+    """Checkpoints in a folder that every rank sees; the newest ``keep`` stay.
 
-    folder: Path
+    One without its ``state.json``, which is written last, does not exist.
+    """
+
+    location: Location
     keep: int = 2
 
     def latest(self) -> TrainState | None:
-        complete = self._complete()
-        return TrainState.load(complete[-1]) if complete else None
+        for name in reversed(self.location.list()):
+            if not self.location.exists(f"{name}/{STATE}"):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                return TrainState.load(self.location.download(name, folder))
+        return None
 
     def save(self, state: TrainState | None, metrics: Mapping[str, float]) -> None:
         if state is None:
             return
-        target = self.folder / f"step-{state.step:09d}"
-        with _partial(self.folder) as partial:
-            state.save(partial)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-        for stale in self._complete()[: -self.keep]:
-            shutil.rmtree(stale)
-
-    def _complete(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
-
-
-@contextmanager
-def _partial(folder: Path) -> Iterator[Path]:
-    path = folder / ".partial"
-    shutil.rmtree(path, ignore_errors=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+        name = f"step-{state.step:09d}"
+        with tempfile.TemporaryDirectory() as folder:
+            state.save(Path(folder))
+            counters = (Path(folder) / STATE).read_bytes()
+            (Path(folder) / STATE).unlink()
+            self.location.upload(folder, name)
+        self.location.write_bytes(f"{name}/{STATE}", counters)
+        for stale in self.location.list()[: -self.keep]:
+            self.location.delete(stale)

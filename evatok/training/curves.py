@@ -17,6 +17,7 @@ from torch import Tensor
 from evatok.training.engine import World
 
 FLUSH_SECONDS = 120.0
+ROW_KEYS = ("step", "samples", "time", "split")
 
 
 class Sink(Protocol):

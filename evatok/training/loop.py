@@ -202,8 +202,9 @@ class _Run:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """The task's metrics with the averaged weights, mean over the batches of all ranks."""
+        """The task's metrics with the averaged weights, mean over the samples of all ranks."""
         sums: dict[str, Tensor | float] = defaultdict(float)
+        samples = 0
         engine = self.engines["model"]
         engine.module.eval()
         with engine.averaged():
@@ -211,10 +212,13 @@ class _Run:
                 self._seed_random(index)
                 with self.autocast:
                     metrics = self.task.evaluate(self.modules, _to(batch, self.world.device))
+                size = len(next(iter(batch.values())))
+                samples += size
                 for name, value in metrics.items():
-                    sums[name] = sums[name] + value
+                    sums[name] = sums[name] + value * size
         engine.module.train()
-        return mean_over_ranks({name: value / len(batches) for name, value in sums.items()}, self.world)
+        means = mean_over_ranks({name: value / samples for name, value in sums.items()}, self.world)
+        return self.task.summary(means)
 
     def state(self) -> TrainState | None:
         """Whole state on rank 0, None on the others; every rank calls it."""

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
@@ -38,8 +40,16 @@ class Task(ABC):
         """
 
     def evaluate(self, modules: Modules, batch: Batch) -> Metrics:
-        """Metrics of one held-out batch, means over its clips. Called without gradients."""
+        """Metrics of one held-out batch, means over its samples. Called without gradients."""
         return {}
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """What an evaluation reports, of the means that ``evaluate`` gave over all samples."""
+        return dict(means)
+
+    def collate(self, columns: Mapping[str, NDArray[Any]]) -> Batch:
+        """Tensors of a batch of the stream's rows, on the CPU."""
+        return {name: torch.as_tensor(np.ascontiguousarray(column)) for name, column in columns.items()}
 
     def rate_scale(self, engine: str) -> float:
         """Factor on the learning rate of an engine."""

@@ -1,0 +1,95 @@
+"""Training the router on a reward table (evatok.md 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from evatok.artifacts import Location
+from evatok.assignment.reward import RewardStatistics, RewardWeights, reward, sample_weights
+from evatok.assignment.space import AssignmentSpace
+from evatok.assignment.table import RewardTable
+from evatok.models.router import Router, RouterConfig, RouterObjective
+from evatok.training.tasks import Batch, Metrics, Modules, Task
+
+
+@dataclass
+class RouterTask(Task):
+    """Learns from the rewards of all assignments of the clips in ``table``, found by the batch's ``row``.
+
+    ``metric``: the quality that the rewards are made of. A conditioned router is trained under a w_q drawn
+    for every clip and evaluated under ``weights``.
+    """
+
+    router: RouterConfig
+    objective: RouterObjective
+    table: Location
+    metric: str
+    weights: RewardWeights
+    statistics: RewardStatistics
+    seed: int
+
+    def build(self, device: torch.device) -> dict[str, nn.Module]:
+        found = RewardTable.open(self.table).load([self.metric])
+        self._rows, order = found.row.sort()
+        self._quality = found.quality[self.metric][order]
+        self._totals = AssignmentSpace(self.router.choices, self.router.blocks).totals()
+        return {"model": Router(self.router)}
+
+    def losses(self, modules: Modules, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
+        if self.router.conditioned:
+            w_q = sample_weights(batch["position"].cpu(), self.seed)
+            rewards = self._rewards(batch, RewardWeights(w_q.unsqueeze(1)))
+            log_probs = modules["model"](batch["clip"], w_q.to(rewards.device))
+        else:
+            rewards = self._rewards(batch, self.weights)
+            log_probs = modules["model"](batch["clip"])
+        loss = self.objective.loss(log_probs, rewards)
+        yield "model", loss, {"loss": loss, **self._figures(log_probs.detach(), rewards)}
+
+    def evaluate(self, modules: Modules, batch: Batch) -> Metrics:
+        rewards = self._rewards(batch, self.weights)
+        w_q = torch.full((len(rewards),), float(self.weights.w_q), device=rewards.device)
+        log_probs = modules["model"](batch["clip"], *([w_q] if self.router.conditioned else []))
+        chosen = log_probs.argmax(-1).cpu()
+        ranked = log_probs.topk(min(5, log_probs.shape[1])).indices
+        return {
+            **self._figures(log_probs, rewards),
+            "loss": self.objective.loss(log_probs, rewards),
+            "top5": (ranked == rewards.argmax(-1, keepdim=True)).any(-1).float().mean(),
+            "tokens": self._totals[chosen].float().mean(),
+        }
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Adds ``reward_percentile`` (eq. 8), in which the means over clips come before the ratio."""
+        worst, best = means["reward_worst"], means["reward_best"]
+        share = (means["reward"] - worst) / (best - worst)
+        return {**means, "reward_percentile": 100 * share}
+
+    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        router = Router(self.router)
+        router.load_state_dict(weights)
+        router.save_pretrained(folder)
+
+    def _rewards(self, batch: Batch, weights: RewardWeights) -> Tensor:
+        """Rewards of every assignment, float32 [B, size], on the clips' device."""
+        rows = batch["row"].cpu()
+        places = torch.searchsorted(self._rows, rows).clamp(max=len(self._rows) - 1)
+        if not torch.equal(self._rows[places], rows):
+            unknown = rows[self._rows[places] != rows].tolist()
+            raise RuntimeError(f"the reward table holds no clips with index rows {unknown}")
+        values = reward(self._quality[places], self._totals, self.metric, weights, self.statistics)
+        return values.float().to(batch["clip"].device)
+
+    def _figures(self, log_probs: Tensor, rewards: Tensor) -> dict[str, Tensor]:
+        chosen = log_probs.argmax(-1)
+        return {
+            "reward": rewards.gather(-1, chosen.unsqueeze(-1)).mean(),
+            "reward_best": rewards.amax(-1).mean(),
+            "reward_worst": rewards.amin(-1).mean(),
+            "top1": (chosen == rewards.argmax(-1)).float().mean(),
+        }

@@ -1,0 +1,121 @@
+"""The loop in one process."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toy import Rows, ToyTask, toy_batches, toy_config, toy_run, toy_samples
+
+from evatok.artifacts import Location
+from evatok.errors import UserError
+from evatok.training.checkpoint import FolderCheckpoints
+from evatok.training.loop import train
+
+
+def test_a_task_is_overfitted(tmp_path: Path) -> None:
+    rows = Rows()
+    same = toy_samples(torch.arange(8))
+    train(
+        ToyTask(),
+        toy_config(steps=150, micro_batch=8, lr=3e-2),
+        lambda start: (same | {"position": torch.arange(at, at + 8)} for at in range(start, 9999, 8)),
+        seed=0,
+        checkpoints=FolderCheckpoints(Location.parse(tmp_path)),
+        sinks=[rows],
+    )
+    assert rows.losses[-1] < 0.01 * rows.losses[0]
+
+
+def test_a_resumed_run_has_the_same_losses_bit_for_bit(tmp_path: Path) -> None:
+    task = ToyTask(dropout=0.3, adversarial=True)
+    whole, ended = toy_run(tmp_path, task)
+    shutil.rmtree(tmp_path / "step-000000012")
+    resumed, ended_again = toy_run(tmp_path, task)
+    assert resumed.losses == whole.losses[6:]
+    assert [row.get("margin") for row in resumed] == [row.get("margin") for row in whole[6:]]
+    assert all(torch.equal(ended.weights[name], ended_again.weights[name]) for name in ended.weights)
+
+
+def test_a_finished_run_only_gives_its_weights_again(tmp_path: Path) -> None:
+    _, ended = toy_run(tmp_path)
+    rows, again = toy_run(tmp_path)
+    assert not rows
+    assert all(torch.equal(ended.weights[name], again.weights[name]) for name in ended.weights)
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    whole, _ = toy_run(tmp_path / "whole", micro_batch=8)
+    split, _ = toy_run(tmp_path / "split", micro_batch=2)
+    assert split.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_the_exported_weights_are_the_moving_average(tmp_path: Path) -> None:
+    _, raw = toy_run(tmp_path / "raw", ema=0.0)
+    _, averaged = toy_run(tmp_path / "averaged", ema=0.99)
+    # Same training; only what is handed over differs.
+    last = FolderCheckpoints(Location.parse(tmp_path / "averaged")).latest()
+    assert last is not None
+    engine = last.engines["model"]
+    assert torch.equal(engine["parameter.0.weight"], raw.weights["0.weight"])
+    assert torch.equal(engine["average.0.weight"], averaged.weights["0.weight"])
+    assert not torch.equal(raw.weights["0.weight"], averaged.weights["0.weight"])
+
+
+def test_evaluation_leaves_no_trace_in_training(tmp_path: Path) -> None:
+    plain, _ = toy_run(tmp_path / "plain", ToyTask(dropout=0.3))
+    held_out = [toy_samples(torch.arange(1000, 1008))]
+    looked, _ = toy_run(tmp_path / "looked", ToyTask(dropout=0.3), evaluation=held_out, eval_every=4)
+    assert looked.losses == plain.losses
+    assert [row["step"] for row in looked if row["split"] == "eval"] == [4, 8, 12]
+    assert all(row["error"] > 0 for row in looked if row["split"] == "eval")
+
+
+def test_a_non_finite_loss_is_skipped_and_counted(tmp_path: Path) -> None:
+    rows, trained = toy_run(tmp_path, ToyTask(poison=(3, 7)), micro_batch=8)
+    assert rows[-1]["skipped"] == 2
+    assert all(torch.isfinite(value).all() for value in trained.weights.values())
+    assert len(rows) == 12
+
+
+def test_non_finite_losses_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="5 losses in a row were not finite, the last at step 11"):
+        toy_run(tmp_path, ToyTask(poison=tuple(range(7, 20))), micro_batch=8, max_skipped=5, steps=20)
+    last = FolderCheckpoints(Location.parse(tmp_path)).latest()
+    assert last is not None
+    assert last.step == 6
+    assert all(torch.isfinite(value).all() for value in last.engines["model"].values())
+
+
+def test_a_stream_out_of_order_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"takes clips from position 0 on and was given 8 to"):
+        train(
+            ToyTask(),
+            toy_config(),
+            lambda start: toy_batches(8, 2)(start + 8),
+            seed=0,
+            checkpoints=FolderCheckpoints(Location.parse(tmp_path)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "workers", "message"),
+    [
+        ({"global_batch": 9}, 2, "train.global_batch: 9 clips cannot be split evenly over 2 workers"),
+        (
+            {"micro_batch": 3},
+            2,
+            "train.micro_batch: 3 does not divide a worker's share of the batch, which is 4",
+        ),
+        ({"warmup": 12}, 2, "train.warmup: 12 must be less than steps, which is 12"),
+        ({"final_lr": 0.5}, 2, "train.final_lr: 0.5 must not exceed lr, which is 0.01"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_before_anything_starts(
+    changes: dict[str, float], workers: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        toy_config(**changes).check(workers)

@@ -1,0 +1,118 @@
+"""A small task for tests of the loop: a regression with dropout, and a GAN around it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evatok.artifacts import Location
+from evatok.training.checkpoint import FolderCheckpoints
+from evatok.training.loop import TrainConfig, train
+from evatok.training.tasks import Batch, Metrics, Modules, Task
+
+
+@dataclass
+class ToyTask(Task):
+    dropout: float = 0.0
+    adversarial: bool = False
+    poison: tuple[int, ...] = ()  # steps whose loss is made infinite
+
+    def build(self, device: torch.device) -> dict[str, nn.Module]:
+        body = [nn.Linear(5, 13), nn.Tanh(), nn.Dropout(self.dropout), nn.BatchNorm1d(13, momentum=0.0)]
+        modules: dict[str, nn.Module] = {
+            "model": nn.Sequential(*body[: 3 if self.dropout else 2], nn.Linear(13, 3))
+        }
+        if self.adversarial:
+            modules["discriminator"] = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 1))
+        return modules
+
+    def losses(
+        self, modules: Modules, batch: Batch, step: int
+    ) -> Iterator[tuple[str, torch.Tensor, Metrics]]:
+        x, y = batch["x"], batch["y"]
+        prediction = modules["model"](x)
+        loss = (prediction - y).square().mean()
+        metrics = {"loss": loss}
+        if step in self.poison:
+            loss = loss * torch.inf
+        if self.adversarial:
+            discriminator = modules["discriminator"]
+            discriminator.requires_grad_(False)
+            fooled = -discriminator(prediction).mean()
+            discriminator.requires_grad_(True)
+            loss, metrics["fooled"] = loss + 0.1 * fooled, fooled
+        yield "model", loss, metrics
+        if self.adversarial and step % 2 == 0:
+            margin = discriminator(prediction.detach()).mean() - discriminator(y).mean()
+            yield "discriminator", margin + 0.1 * margin**2, {"margin": margin}
+
+    def evaluate(self, modules: Modules, batch: Batch) -> Metrics:
+        return {"error": (modules["model"](batch["x"]) - batch["y"]).abs().mean()}
+
+    def export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = {name: value.tolist() for name, value in weights.items()}
+        (folder / "weights.json").write_text(json.dumps(plain))
+
+
+def toy_samples(positions: torch.Tensor) -> Batch:
+    """The sample at each global position: y is a fixed smooth function of a random x."""
+    rows = [torch.randn(5, generator=torch.Generator().manual_seed(int(p))) for p in positions]
+    x = torch.stack(rows)
+    y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin(), x[:, 3:].sum(1)], 1)
+    return {"x": x, "y": y, "position": positions.clone()}
+
+
+def toy_batches(batch: int, micro: int, rank: int = 0, workers: int = 1):
+    """``batches`` of ``train`` for one rank: steps of ``batch`` samples in micro-batches, round robin."""
+
+    def batches(start: int) -> Iterator[Batch]:
+        first = start
+        while True:
+            for begin in range(first + rank * micro, first + batch, micro * workers):
+                yield toy_samples(torch.arange(begin, begin + micro))
+            first += batch
+
+    return batches
+
+
+class Rows(list[dict[str, Any]]):
+    """A sink that keeps the rows."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.append(dict(row))
+
+    def flush(self) -> None:
+        pass
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self if row["split"] == "train"]
+
+
+def toy_config(**changes: Any) -> TrainConfig:
+    settings = {"steps": 12, "global_batch": 8, "micro_batch": 2, "lr": 1e-2, "final_lr": 1e-3, "ema": 0.9}
+    return TrainConfig(**settings | {"log_every": 1, "checkpoint_every": 6, "keep_checkpoints": 9} | changes)
+
+
+def toy_run(folder: Path, task: Task | None = None, evaluation: Sequence[Batch] = (), **changes: Any):
+    """Train in this process group; returns the curve's rows and what ``train`` returned."""
+    config, rows = toy_config(**changes), Rows()
+    workers, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    trained = train(
+        task or ToyTask(),
+        config,
+        toy_batches(config.global_batch, config.micro(workers), rank, workers),
+        seed=3,
+        checkpoints=FolderCheckpoints(Location.parse(folder), keep=config.keep_checkpoints),
+        sinks=[rows] if rank == 0 else [],
+        evaluation=evaluation,
+    )
+    return rows, trained
