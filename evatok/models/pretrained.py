@@ -71,5 +71,5 @@ def _download(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=["model.safetensors", "config.json"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"{source} is neither a folder here nor a model on the Hugging Face hub that can be reached: {error}"
+            f"{source} is neither a folder here nor a model that the Hugging Face hub gives us: {error}"
         ) from error

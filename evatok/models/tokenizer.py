@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from evatok.config import Config
-from evatok.models.attention import Ranges, block_causal
 from evatok.models.blocks import (
     EncoderMemory,
     KvCache,
@@ -19,6 +18,7 @@ from evatok.models.blocks import (
     run_block,
 )
 from evatok.models.layers import QFormer, TransformerSize
+from evatok.models.packing import Packing
 from evatok.models.pretrained import PretrainedModel
 from evatok.models.quantizers import QuantizerConfig, VqConfig, build_quantizer
 from evatok.models.queries import mean_over_cover, pool_levels
@@ -43,11 +43,22 @@ class TokenizerConfig(Config):
     decoder: Size = Field(TransformerSize.preset("B"), description="preset name, or width, layers, heads")
     latent: int = Field(256, gt=0, description="channels between width and code space (GigaTok z_channels)")
     quantizer: QuantizerConfig = VqConfig()
-    decoder_queries: Literal["first", "cover"] = Field(
-        "first",
-        description="a patch's decoder query starts from the block's first token (paper 3.1), or from the"
-        " mean of the coarse-to-fine tokens that cover the patch",
+    encoder_queries: Literal["pooled", "learned"] = Field(
+        "pooled",
+        description="a block's queries start from its pooled patches (paper 3.1), or are the same for every"
+        " clip (LARP, AdapTok)",
     )
+    decoder_queries: Literal["first", "cover", "learned"] = Field(
+        "first",
+        description="a patch's decoder query starts from the block's first token (paper 3.1), from the mean"
+        " of the coarse-to-fine tokens that cover the patch, or is the same for every clip (LARP)",
+    )
+    drop_tail: bool = Field(
+        False,
+        description="encode every block with the most tokens there are, then keep the first so many"
+        " (ElasticTok, AdapTok, One-D-Piece); the paper creates only the tokens it keeps",
+    )
+    causal: bool = Field(True, description="block-causal attention; off: every block sees all (LARP)")
     align_layer: int = Field(3, gt=0, description="decoder layer whose output is aligned (GigaTok)")
 
     @model_validator(mode="after")
@@ -69,6 +80,10 @@ class TokenizerConfig(Config):
             raise ValueError(
                 f"choices: {self.choices[-1]} tokens for a block of {self.patches} patches; at most"
                 f" {2 * self.patches} (twice the patches) are there to choose from"
+            )
+        if self.encoder_queries == "learned" and self.decoder_queries == "cover":
+            raise ValueError(
+                "learned encoder queries cover no patches: decoder_queries must be first or learned"
             )
         if self.align_layer > self.decoder.layers:
             raise ValueError(f"align_layer {self.align_layer} of a decoder with {self.decoder.layers} layers")
@@ -120,7 +135,8 @@ class VideoTokenizer(PretrainedModel):
         width, most = config.encoder.width, config.choices[-1]
         self.patch_embed = nn.Linear(config.voxels, width)
         self.patch_position = nn.Parameter(torch.randn(config.blocks, config.patches, width) * width**-0.5)
-        self.query_projection = nn.Linear(width, width)
+        if config.encoder_queries == "pooled":
+            self.query_projection = nn.Linear(width, width)
         self.query_position = nn.Parameter(torch.randn(config.blocks, most, width) * width**-0.5)
         self.encoder = QFormer(config.encoder)
         self.quantizer = build_quantizer(config.quantizer)
@@ -154,8 +170,11 @@ class VideoTokenizer(PretrainedModel):
         return self.patch_position.device
 
     def forward(self, clips: Tensor, assignment: Tensor) -> TokenizerOutput:
-        """Reconstruct ``clips [B, C, F, H, W]`` (uint8, or float in [0, 1]) under ``assignment [B, T]``."""
-        packing = _Packing(assignment, self.config)
+        """Reconstruct ``clips [B, C, F, H, W]`` (uint8, or float in [0, 1]) under ``assignment [B, T]``.
+
+        Clips may have fewer blocks than the config says (images are clips of one), all of a batch equally.
+        """
+        packing = self._packing(assignment)
         quantized = self.quantizer(self._encode(clips, packing))
         reconstruction, features = self._decode(quantized.codes, packing)
         return TokenizerOutput(reconstruction, quantized.losses, quantized.metrics, features)
@@ -163,14 +182,14 @@ class VideoTokenizer(PretrainedModel):
     @torch.no_grad()
     def encode(self, clips: Tensor, assignment: Tensor) -> Tokens:
         """Tokens of ``clips [B, C, F, H, W]`` (uint8, or float in [0, 1]) under ``assignment [B, T]``."""
-        packing = _Packing(assignment, self.config)
-        return Tokens(self.quantizer.assign(self._encode(clips, packing)), packing.lengths)
+        indices = self.quantizer.assign(self._encode(clips, self._packing(assignment)))
+        return Tokens(indices, assignment)
 
     @torch.no_grad()
     def decode(self, tokens: Tokens) -> Tensor:
         """Clips ``[B, C, F, H, W]`` in [0, 1] of tokens."""
         codes = self.quantizer.lookup(tokens.indices.to(self.device))
-        return self._decode(codes, _Packing(tokens.lengths, self.config))[0].clamp(0, 1)
+        return self._decode(codes, self._packing(tokens.lengths))[0].clamp(0, 1)
 
     def recompute_activations(self, on: bool = True) -> None:
         """Trade compute for memory: keep only each layer's input and run the layer again in backward."""
@@ -180,8 +199,10 @@ class VideoTokenizer(PretrainedModel):
     def prepare(self, clips: Tensor) -> EncoderMemory:
         """What ``encode_block`` needs of ``clips [R, C, F, H, W]``, once for all their prefixes."""
         patches = self.embed_patches(clips)
-        queries = self.query_projection(pool_levels(patches, self.choices[-1])) + self.query_position
-        reference = self.encoder.reference_norm(patches.flatten(2, 3) + self.patch_position).flatten(0, 2)
+        queries = self.query_position[: patches.shape[1]].expand(len(patches), -1, -1, -1)
+        if self.config.encoder_queries == "pooled":
+            queries = queries + self.query_projection(pool_levels(patches, self.choices[-1]))
+        reference = self.encoder.reference_norm(self._reference(patches))
         projected = [layer.cross_attention.project_reference(reference) for layer in self.encoder.layers]
         return EncoderMemory(queries, *zip(*projected))
 
@@ -195,13 +216,14 @@ class VideoTokenizer(PretrainedModel):
         that each prefix belongs to (None: one prefix per clip, in order); it is fastest with the prefixes of
         a clip next to each other. The cache returned includes block t; after the last block it is None.
         """
-        queries = memory.queries[:, t, :count]
+        made = self.choices[-1] if self.config.drop_tail else count
+        queries = memory.queries[:, t, :made]
         order = list(range(len(memory))) if rows is None else rows.tolist()
         x = queries if rows is None else queries[rows]
-        cross = attend_memory(memory, memory.ranges(order, count, t + 1))
+        cross = attend_memory(memory, memory.ranges(order, made, t + 1))
         past = [block[0] for block in cache.blocks] if cache else []
         x, store = run_block(self.encoder, x, past, cross, keep=t + 1 < self.blocks)
-        z = self.to_code(x.flatten(0, 1))
+        z = self.to_code(x[:, :count].flatten(0, 1))
         codes = self.quantizer.lookup(self.quantizer.assign(z))
         return torch.unflatten(codes, 0, (-1, count)), _extended(cache, store)
 
@@ -245,27 +267,45 @@ class VideoTokenizer(PretrainedModel):
         pixels = pixels.permute(0, 4, 1, 5, 2, 6, 3, 7)
         return pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3).float() + 0.5  # type: ignore[no-any-return]
 
-    def _encode(self, clips: Tensor, packing: _Packing) -> Tensor:
+    def _encode(self, clips: Tensor, packing: Packing) -> Tensor:
+        """Inputs ``[N, dim]`` of the quantizer."""
         patches = self.embed_patches(clips)
-        reference = patches.flatten(2, 3) + self.patch_position
-        queries = pool_levels(patches, packing.most).flatten(0, 2)[packing.source]
-        positions = self.query_position[:, : packing.most].flatten(0, 1)[packing.position]
+        if self.config.drop_tail:
+            kept = packing
+            packing = self._packing(torch.full_like(packing.lengths, self.choices[-1]))
+        queries = self.query_position[:, : packing.most].flatten(0, 1).index_select(0, packing.position)
+        if self.config.encoder_queries == "pooled":
+            pooled = pool_levels(patches, packing.most).flatten(0, 2).index_select(0, packing.source)
+            queries = queries + self.query_projection(pooled)
         x, _ = self.encoder(
-            self.query_projection(queries) + positions,
-            reference.flatten(0, 2),
-            packing.tokens_to_tokens,
-            packing.tokens_to_patches,
+            queries, self._reference(patches), packing.tokens_to_tokens, packing.tokens_to_patches
         )
+        if self.config.drop_tail:
+            block, within = kept.source // kept.most, kept.source % kept.most
+            x = x.index_select(0, packing.starts[block] + within)
         return self.to_code(x)  # type: ignore[no-any-return]
 
-    def _decode(self, codes: Tensor, packing: _Packing) -> tuple[Tensor, Tensor]:
+    def _reference(self, patches: Tensor) -> Tensor:
+        """Patch embeddings with position, packed ``[B * T * h * w, D]``."""
+        return (patches.flatten(2, 3) + self.patch_position[: patches.shape[1]]).flatten(0, 2)
+
+    def _packing(self, lengths: Tensor) -> Packing:
+        config = self.config
+        blocks = lengths.shape[-1]
+        if lengths.ndim != 2 or not 1 <= blocks <= config.blocks:
+            raise ValueError(f"an assignment must be [B, 1..{config.blocks}], not {list(lengths.shape)}")
+        if lengths.min() < 1 or lengths.max() > config.choices[-1]:
+            raise ValueError(f"an assignment holds counts of 1 to {config.choices[-1]}")
+        return Packing(lengths, config.patches, self.device, causal=config.causal)
+
+    def _decode(self, codes: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         tokens = self.embed_codes(codes)  # [N, D]
         batch, blocks = packing.lengths.shape
         queries = self.start_pixels(tokens, packing.starts, packing.counts)
         queries = torch.unflatten(queries, 0, (batch, blocks, -1))
-        positions = self.token_position[:, : packing.most].flatten(0, 1)[packing.position]
+        positions = self.token_position[:, : packing.most].flatten(0, 1).index_select(0, packing.position)
         x, tapped = self.decoder(
-            (queries + self.pixel_position).flatten(0, 2),
+            (queries + self.pixel_position[:blocks]).flatten(0, 2),
             tokens + positions,
             packing.patches_to_patches,
             packing.patches_to_tokens,
@@ -284,8 +324,10 @@ class VideoTokenizer(PretrainedModel):
 
         ``tokens``: ``[N, D]`` packed; ``starts``, ``counts``: ``[blocks]``, where each block's tokens lie.
         """
+        if self.config.decoder_queries == "learned":
+            return tokens.new_zeros(len(starts) * self.config.patches, tokens.shape[1])
         if self.config.decoder_queries == "first":
-            return tokens[starts].repeat_interleave(self.config.patches, 0)
+            return tokens.index_select(0, starts).repeat_interleave(self.config.patches, 0)
         return mean_over_cover(tokens, starts, counts, self.config.grid)
 
 
@@ -293,32 +335,3 @@ def _extended(cache: KvCache | None, store: Store | None, *others: Store) -> KvC
     if store is None:
         return None
     return (cache or KvCache(())).extend((store, *others))
-
-
-class _Packing:
-    """Where everything of a ragged batch lies; built once per pass from the assignment."""
-
-    def __init__(self, assignment: Tensor, config: TokenizerConfig) -> None:
-        device = assignment.device
-        if assignment.ndim != 2 or assignment.shape[1] != config.blocks:
-            raise ValueError(f"assignment {tuple(assignment.shape)} must be [B, {config.blocks}]")
-        rows: list[list[int]] = assignment.tolist()
-        most = max(map(max, rows))
-        if min(map(min, rows)) < 1 or most > config.choices[-1]:
-            raise ValueError(f"assignment holds counts outside 1..{config.choices[-1]}")
-        self.lengths = assignment
-        self.most = most
-        self.counts = assignment.flatten()
-        self.starts = self.counts.cumsum(0) - self.counts
-        total = sum(map(sum, rows))
-        block = torch.arange(len(self.counts), device=device).repeat_interleave(
-            self.counts, output_size=total
-        )
-        within = torch.arange(total, device=device) - self.starts[block]
-        self.source = block * most + within  # into [B * T * most]
-        self.position = block % config.blocks * most + within  # into [T * most]
-        patches = [[config.patches] * config.blocks for _ in rows]
-        self.tokens_to_tokens: Ranges = block_causal(rows, rows)
-        self.tokens_to_patches: Ranges = block_causal(rows, patches)
-        self.patches_to_patches: Ranges = block_causal(patches, patches)
-        self.patches_to_tokens: Ranges = block_causal(patches, rows)
