@@ -1,0 +1,135 @@
+"""The order as a Ray dataset: what stands at each global sample position, fetched in tasks, in order.
+
+Three things keep the order free of the number of workers. The blocks are equal, so that a split over workers
+deals them out in turn; the rows of a block depend on its positions alone; and the execution preserves order.
+Whoever splits the dataset must ask for `preserve_order` without locality, as `evatok.distributed.train` does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import ray.data
+from numpy.typing import NDArray
+
+from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, decode_clip
+from evatok.video.index import ClipIndex
+from evatok.video.order import ClipOrder
+
+Columns = dict[str, NDArray[np.generic]]
+Fetch = Callable[[NDArray[np.int64], NDArray[np.int64]], Columns]
+
+log = logging.getLogger(__name__)
+
+_POSITIONS_PER_READ = 1 << 16
+_NEIGHBOURS = 16  # clips in a row that may fail before the stream gives up
+
+
+def ordered_stream(
+    order: ClipOrder,
+    fetch: Fetch,
+    *,
+    start: int,
+    count: int,
+    rows_per_block: int,
+    num_cpus: float = 1.0,
+) -> ray.data.Dataset:
+    """The positions start, ..., start + count - 1 of `order` as rows, fetched lazily by tasks.
+
+    `fetch(positions [n], rows [n])` runs in a task for every block of exactly `rows_per_block` positions (the
+    last may be shorter) and returns columns of n values each, to which `position` int64 is added. It must be
+    picklable and depend on its arguments alone. `num_cpus`: logical CPUs that a task holds.
+    """
+    positions = ray.data.range(count, override_num_blocks=max(1, count // _POSITIONS_PER_READ))
+    # The context is the dataset's own: nobody else's executions change. A consumer may be slow for as long
+    # as it likes: an evaluation, an upload or a debugger is no failure of the stream.
+    positions.context.execution_no_progress_timeout_s = -1
+    positions.context.execution_options.preserve_order = True
+    return positions.repartition(target_num_rows_per_block=rows_per_block, strict=True).map_batches(
+        _fetched,
+        fn_kwargs={"order": order, "fetch": fetch, "start": start},
+        batch_size=None,
+        num_cpus=num_cpus,
+    )
+
+
+def clip_stream(
+    index: ClipIndex,
+    order: ClipOrder,
+    clip_format: ClipFormat,
+    *,
+    start: int,
+    count: int,
+    rows_per_block: int,
+    seed: int,
+    labels: Sequence[str] | None = None,
+    limits: MediaLimits | None = None,
+    num_cpus: float = 1.0,
+) -> ray.data.Dataset:
+    """The clips at the positions start, ..., start + count - 1 of `order` over `index`, decoded in tasks.
+
+    Rows: clip uint8 [C, F, H, W]; position int64; row int64, of the whole index; replaced bool; with `labels`
+    also label int64, the label's place in that list or -1. A clip that cannot be decoded is replaced by its
+    successor in the index (`row` is then the successor's, and `replaced` is true). The sampling rate is the
+    index's. Random crops and flips follow from (`seed`, position).
+    """
+    if order.clips != len(index):
+        raise ValueError(f"an order of {order.clips} clips for an index of {len(index)}")
+    fetch = _ClipFetch(index, clip_format, seed, tuple(labels) if labels is not None else None, limits)
+    return ordered_stream(
+        order, fetch, start=start, count=count, rows_per_block=rows_per_block, num_cpus=num_cpus
+    )
+
+
+def _fetched(batch: Columns, order: ClipOrder, fetch: Fetch, start: int) -> Columns:
+    positions = np.asarray(batch["id"], np.int64) + start
+    rows = order.rows(int(positions[0]), len(positions))
+    return {**fetch(positions, rows), "position": positions}
+
+
+@dataclass(frozen=True)
+class _ClipFetch:
+    index: ClipIndex
+    clip_format: ClipFormat
+    seed: int
+    labels: tuple[str, ...] | None
+    limits: MediaLimits | None
+
+    def __call__(self, positions: NDArray[np.int64], clips: NDArray[np.int64]) -> Columns:
+        size, frames = self.clip_format.size, self.clip_format.frames
+        pixels = np.empty((len(clips), 3, frames, size, size), np.uint8)
+        used = self.index.take(clips).to_pylist()
+        replaced = np.zeros(len(clips), bool)
+        for k, position in enumerate(positions):
+            for step in range(_NEIGHBOURS):
+                if step:
+                    successor = (clips[k] + step) % len(self.index)
+                    used[k] = self.index.take(np.asarray([successor])).to_pylist()[0]
+                    replaced[k] = True
+                try:
+                    pixels[k] = self._decoded(used[k]["uri"], used[k]["start"], used[k]["fps"], int(position))
+                    break
+                except DecodeError as error:
+                    log.warning("clip %s cannot be used: %s", used[k]["clip_id"], error)
+            else:
+                raise RuntimeError(
+                    f"{_NEIGHBOURS} clips in a row cannot be decoded, the last is {used[k]['uri']}. "
+                    "Was the data moved or deleted since it was indexed?"
+                )
+        columns: Columns = {
+            "clip": pixels,
+            "row": np.asarray([clip["row"] for clip in used], np.int64),
+            "replaced": replaced,
+        }
+        if self.labels is not None:
+            places = {label: place for place, label in enumerate(self.labels)}
+            columns["label"] = np.asarray([places.get(clip["label"], -1) for clip in used], np.int64)
+        return columns
+
+    def _decoded(self, uri: str, start: float, fps: float, position: int) -> NDArray[np.uint8]:
+        clip_format = self.clip_format.model_copy(update={"fps": fps})
+        draw = np.random.default_rng((self.seed % 2**64, position))
+        return decode_clip(uri, start, clip_format, draw, self.limits)

@@ -1,0 +1,1 @@
+"""Video in and out: sources, the clip index, the order of clips, decoding, synthesis, writing."""

@@ -1,0 +1,387 @@
+"""Clips out of media files with PyAV: seek, decode no further than needed, scale in libswscale.
+
+Times are seconds on the stream's own clock (presentation timestamp x time base), so a clip is found again
+exactly, whatever the frame rate does in between.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from typing import IO, Literal, get_args
+
+import av
+import numpy as np
+from av.stream import Discard
+from av.video.reformatter import Interpolation, VideoReformatter
+from numpy.typing import NDArray
+from pyarrow import fs as pafs
+from pydantic import Field
+
+from evatok.config import Config
+
+Reason = Literal[
+    "missing",  # no such file, or not readable by us
+    "empty",  # zero bytes
+    "unreadable",  # no demuxer accepts it: truncated header, wrong type, text
+    "no_video",  # readable, but nothing to see
+    "no_frames",  # a video stream without one decodable frame
+    "too_large",  # more pixels per frame than allowed
+    "too_long",  # longer or more frames than allowed
+    "too_short",  # fewer frames than a clip
+    "corrupt",  # frames are damaged or cannot be decoded
+    "timeout",  # took longer than the time limit
+    "crash",  # the decoder took its process down
+]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+
+class DecodeError(Exception):
+    """A media file that cannot be used: `code` is one of `REASONS`, `detail` names the file, for people."""
+
+    def __init__(self, code: Reason, detail: str) -> None:
+        super().__init__(code, detail)
+        self.code = code
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.detail} [{self.code}]"
+
+
+class MediaLimits(Config):
+    """What a media file may ask of us before it is refused."""
+
+    pixels: int = Field(default=2**25, gt=0, description="largest frame, width x height (2**25 is 8K)")
+    seconds: float = Field(default=6 * 3600.0, gt=0, description="longest video, seconds")
+    frames: int = Field(default=1_000_000, gt=0, description="most frames in a video")
+    time_limit: float = Field(
+        default=60.0, gt=0, description="longest time spent on one file or clip, seconds"
+    )
+
+
+class ClipFormat(Config):
+    """The shape of a clip and how it is cut from a video."""
+
+    frames: int = Field(default=16, gt=0, description="frames per clip, F")
+    size: int = Field(
+        default=128, gt=0, description="height and width, pixels: the short side is scaled to it"
+    )
+    fps: float = Field(
+        default=0.0, ge=0, description="frames per second sampled by timestamp; 0 takes every frame"
+    )
+    crop: Literal["center", "random"] = Field(
+        default="center", description="where the square lies on the long side"
+    )
+    flip: bool = Field(default=False, description="mirror half of the clips left to right")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a probe found. `times` [frames] float64: presentation time of every frame, seconds, ascending."""
+
+    width: int
+    height: int
+    times: NDArray[np.float64]
+    codec: str
+
+    @property
+    def fps(self) -> float:
+        """Mean frame rate, frames per second; 0 for a single frame."""
+        span = float(self.times[-1] - self.times[0])
+        return (len(self.times) - 1) / span if span > 0 else 0.0
+
+    @property
+    def end(self) -> float:
+        """When the last frame stops being shown, seconds."""
+        return float(self.times[-1]) + (1 / self.fps if self.fps else 0.0)
+
+
+def probe(uri: str, limits: MediaLimits | None = None) -> VideoInfo:
+    """Read every packet's timestamp and decode the first frame.
+
+    Width and height are as displayed: after rotation and with square pixels. Raises DecodeError.
+    """
+    limits = limits or MediaLimits()
+    with _opened(uri, limits) as (container, stream):
+        ticks: list[int] = []
+        untimed = 0
+        deadline = time.monotonic() + limits.time_limit
+        first: av.VideoFrame | None = None
+        for packet in container.demux(stream):
+            _check_deadline(deadline, uri, limits)
+            if first is None:
+                first = next(iter(packet.decode()), None)
+            if not packet.size or packet.is_discard:
+                continue
+            tick = packet.dts if packet.pts is None or container.format.name == "avi" else packet.pts
+            if tick is None:
+                untimed += 1
+            else:
+                ticks.append(tick)
+            if len(ticks) + untimed > limits.frames:
+                raise DecodeError("too_long", f"{uri}: more than {limits.frames} frames")
+        if first is None:
+            raise DecodeError("no_frames", f"{uri}: no frame of its video stream can be decoded")
+        if untimed:
+            times = np.arange(len(ticks) + untimed, dtype=np.float64) / float(_nominal_rate(stream))
+        else:
+            times = np.sort(np.asarray(ticks, np.float64)) * float(stream.time_base)
+        info = VideoInfo(*_displayed_size(first, stream), times, stream.codec_context.name)
+        if info.end - float(times[0]) > limits.seconds:
+            raise DecodeError("too_long", f"{uri}: longer than {limits.seconds:g} s")
+        return info
+
+
+def decode_clip(
+    uri: str,
+    start: float,
+    clip_format: ClipFormat,
+    draw: np.random.Generator | None = None,
+    limits: MediaLimits | None = None,
+) -> NDArray[np.uint8]:
+    """The clip that begins at `start` seconds: uint8 [C, F, H, W], RGB, contiguous.
+
+    With fps 0: the F consecutive frames from the first one at or after `start`. With fps > 0: frame k is the
+    one on screen at start + k / fps. `draw` decides a random crop and the flip; without it the crop is
+    central and nothing is mirrored. Raises DecodeError.
+    """
+    limits = limits or MediaLimits()
+    offset, mirror = (0.5, 1.0) if draw is None else draw.random(2)
+    if clip_format.crop == "center":
+        offset = 0.5
+    mirrored = clip_format.flip and mirror < 0.5
+    try:
+        return _cut(uri, start, clip_format, offset, mirrored, limits, seek=True)
+    except _SeekMissedError:
+        return _cut(uri, start, clip_format, offset, mirrored, limits, seek=False)
+
+
+def _cut(
+    uri: str,
+    start: float,
+    clip_format: ClipFormat,
+    offset: float,
+    mirrored: bool,
+    limits: MediaLimits,
+    *,
+    seek: bool,
+) -> NDArray[np.uint8]:
+    wanted, step = clip_format.frames, 1 / clip_format.fps if clip_format.fps else 0.0
+    with _opened(uri, limits) as (container, stream):
+        canvas = _Canvas(clip_format, stream, offset)
+        # Half a tick of slack: `start` went through float64 seconds.
+        slack = float(stream.time_base) / 2
+        frames = _frames_near(container, stream, start + slack, uri, limits) if seek else None
+        shown: av.VideoFrame | None = None
+        filled = 0
+        last = interval = 0.0
+        for moment, frame in frames or _frames(container, stream, uri, limits):
+            if frame.is_corrupt and frames is not None:
+                raise _SeekMissedError
+            if frame.is_corrupt:
+                raise DecodeError("corrupt", f"{uri}: damaged frame at {moment:.3f} s")
+            if not step:
+                if moment >= start - slack:
+                    canvas.put(filled, frame)
+                    filled += 1
+            else:
+                if shown is None:
+                    shown = frame
+                while filled < wanted and start + filled * step < moment - slack:
+                    canvas.put(filled, shown)
+                    filled += 1
+                interval, last, shown = moment - last, moment, frame
+            if filled == wanted:
+                break
+        while step and shown is not None and filled < wanted and start + filled * step < last + interval:
+            canvas.put(filled, shown)
+            filled += 1
+        if filled < wanted:
+            raise DecodeError("too_short", f"{uri}: {filled} of {wanted} frames from {start:.3f} s on")
+        return canvas.finish(mirrored)
+
+
+class _Canvas:
+    """The clip being filled: scales each frame so that its short side fits, and keeps the square."""
+
+    def __init__(self, clip_format: ClipFormat, stream: av.VideoStream, offset: float) -> None:
+        size = clip_format.size
+        self.clip = np.empty((3, clip_format.frames, size, size), np.uint8)
+        self._size, self._offset, self._stream = size, offset, stream
+        self._scaler = VideoReformatter()
+        self._scaled: tuple[int, int] | None = None
+        self._quarters = 0
+        self._before: av.VideoFrame | None = None
+
+    def put(self, k: int, frame: av.VideoFrame) -> None:
+        if frame is self._before:
+            self.clip[:, k] = self.clip[:, k - 1]
+            return
+        if self._scaled is None:
+            width, height = _square_pixels(frame, self._stream)
+            scale = self._size / min(width, height)
+            self._scaled = max(self._size, round(width * scale)), max(self._size, round(height * scale))
+            self._quarters = _quarter_turns(frame)
+        width, height = self._scaled
+        planar = self._scaler.reformat(
+            frame, width=width, height=height, format="gbrp", interpolation=Interpolation.BILINEAR, threads=1
+        )
+        x, y = round(self._offset * (width - self._size)), round(self._offset * (height - self._size))
+        for channel, plane in zip((1, 2, 0), planar.planes):
+            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            self.clip[channel, k] = pixels[y : y + self._size, x : x + self._size]
+        self._before = frame
+
+    def finish(self, mirrored: bool) -> NDArray[np.uint8]:
+        clip = np.rot90(self.clip, self._quarters, axes=(2, 3)) if self._quarters else self.clip
+        return np.ascontiguousarray(clip[..., ::-1] if mirrored else clip)
+
+
+@contextmanager
+def _opened(uri: str, limits: MediaLimits) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The container and its main video stream; every fault of the file leaves as DecodeError."""
+    try:
+        with (
+            _source(uri) as source,
+            av.open(
+                source,
+                # Some good files carry text that is not UTF-8.
+                metadata_errors="replace",
+                options={"max_pixels": str(limits.pixels)},
+                # The frame rate is measured from timestamps, so libav need not decode to guess it.
+                container_options={"fpsprobesize": "0"},
+                timeout=limits.time_limit,
+            ) as container,
+        ):
+            stream = container.streams.best("video")
+            if stream is None:
+                raise DecodeError("no_video", f"{uri}: no video stream")
+            if stream.codec_context is None:
+                raise DecodeError("no_video", f"{uri}: its video codec is not known here")
+            if stream.width * stream.height > limits.pixels:
+                raise DecodeError("too_large", f"{uri}: {stream.width} x {stream.height} pixels")
+            for other in container.streams:
+                if other.index != stream.index:
+                    other.discard = Discard.all
+            stream.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"max_pixels": str(limits.pixels)}
+            yield container, stream
+    except DecodeError:
+        raise
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise DecodeError("missing", f"{uri}: {error.strerror or error}") from error
+    except av.error.ExitError as error:
+        raise DecodeError("timeout", f"{uri}: no answer within {limits.time_limit:g} s") from error
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, TypeError) as error:
+        raise DecodeError("unreadable", f"{uri}: {error}") from error
+
+
+@contextmanager
+def _source(uri: str) -> Iterator[str | IO[bytes]]:
+    """What PyAV opens: a local path as it is, anything else through pyarrow's filesystems."""
+    if "://" not in uri:
+        filesystem, path = pafs.LocalFileSystem(), uri
+    else:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+    info = filesystem.get_file_info(path)
+    if info.type != pafs.FileType.File:
+        raise DecodeError("missing", f"{uri}: no such file")
+    if info.size == 0:
+        raise DecodeError("empty", f"{uri}: zero bytes")
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        yield path
+        return
+    with filesystem.open_input_file(path) as handle:
+        yield handle
+
+
+class _SeekMissedError(Exception):
+    """No seek landed at or before the wanted time: the file has to be read from its beginning."""
+
+
+def _frames_near(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    start: float,
+    uri: str,
+    limits: MediaLimits,
+) -> Iterator[tuple[float, av.VideoFrame]] | None:
+    """Frames from the keyframe at or before `start` on; None where `start` is the beginning of the file.
+
+    A seek may land too late (leading frames of an open group of pictures cannot be shown, and some indexes
+    are wrong) or on a keyframe that leans on earlier frames. Then it is tried again from further back.
+    """
+    for back in (0.0, 1.0, 4.0, 16.0):
+        target = start - back
+        if stream.start_time is None or target < (stream.start_time + 1) * float(stream.time_base):
+            if back:
+                break
+            return None
+        try:
+            container.seek(int(target / stream.time_base), stream=stream)
+        except av.FFmpegError:
+            break
+        frames = _frames(container, stream, uri, limits)
+        head = next(frames, None)
+        if head is None:
+            continue
+        moment, frame = head
+        if frame.dts is not None and moment <= start and not frame.is_corrupt:
+            return chain([head], frames)
+    raise _SeekMissedError
+
+
+def _frames(
+    container: av.container.InputContainer, stream: av.VideoStream, uri: str, limits: MediaLimits
+) -> Iterator[tuple[float, av.VideoFrame]]:
+    """(time in seconds, frame) in order of presentation from where the container stands."""
+    deadline = time.monotonic() + limits.time_limit
+    base, interval = float(stream.time_base), 1 / float(_nominal_rate(stream))
+    # AVI stores decoding times alone; what libav puts in `pts` there is a guess that B-frames upset.
+    decoding_times = container.format.name == "avi"
+    origin: int | None = None
+    delay: int | None = None
+    moment: float | None = None
+    for packet in container.demux(stream):
+        _check_deadline(deadline, uri, limits)
+        if origin is None:
+            origin = packet.dts
+        for frame in packet.decode():
+            tick = frame.pts
+            if (tick is None or decoding_times) and frame.dts is not None and origin is not None:
+                # A frame leaves the decoder as late as the first one did.
+                delay = frame.dts - origin if delay is None else delay
+                tick = frame.dts - delay
+            elif decoding_times:
+                tick = None
+            if tick is None:
+                tick = 0 if moment is None else (moment + interval) / base
+            moment = tick * base
+            yield moment, frame
+
+
+def _check_deadline(deadline: float, uri: str, limits: MediaLimits) -> None:
+    if time.monotonic() > deadline:
+        raise DecodeError("timeout", f"{uri}: not done within {limits.time_limit:g} s")
+
+
+def _nominal_rate(stream: av.VideoStream) -> Fraction:
+    return Fraction(stream.average_rate or stream.guessed_rate or 25)
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Counterclockwise quarter turns that put the frame upright."""
+    return round(float(frame.rotation) / 90) % 4
+
+
+def _square_pixels(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
+    aspect = stream.sample_aspect_ratio or 1
+    return max(1, round(frame.width * aspect)), frame.height
+
+
+def _displayed_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
+    width, height = _square_pixels(frame, stream)
+    return (height, width) if _quarter_turns(frame) % 2 else (width, height)

@@ -1,0 +1,64 @@
+"""The order of clips: which row of the index stands at every global sample position, without end.
+
+Every epoch is a permutation of all rows, drawn by (seed, epoch) alone. The permutation is a keyed cipher
+over the row numbers, so any stretch of any epoch is computed on its own: nothing is shuffled or kept, and the
+order is the same on every machine and with every version of numpy.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDS = 6
+_STRETCH = 1 << 16  # positions computed at once: small enough for the processor's cache
+
+
+@dataclass(frozen=True)
+class ClipOrder:
+    """The endless order of `clips` rows under `seed`."""
+
+    clips: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.clips < 1:
+            raise ValueError(f"an order needs at least one clip, got {self.clips}")
+
+    def rows(self, start: int, count: int) -> NDArray[np.int64]:
+        """The rows at positions start, ..., start + count - 1: int64 [count]. May cross epochs."""
+        rows = np.empty(count, np.int64)
+        for low in range(0, count, _STRETCH):
+            high = min(low + _STRETCH, count)
+            rows[low:high] = self._permuted(np.arange(start + low, start + high, dtype=np.uint64))
+        return rows
+
+    def _permuted(self, positions: NDArray[np.uint64]) -> NDArray[np.int64]:
+        clips = np.uint64(self.clips)
+        epochs, rows = np.divmod(positions, clips)
+        keys = _mixed(epochs + _mixed(np.full(1, self.seed % 2**64, np.uint64)))
+        rows = self._encrypted(rows, keys)
+        # The cipher's domain is slightly larger than the rows: walk on until back among them.
+        outside = np.flatnonzero(rows >= clips)
+        while outside.size:
+            rows[outside] = self._encrypted(rows[outside], keys[outside])
+            outside = outside[rows[outside] >= clips]
+        return rows.astype(np.int64)
+
+    def _encrypted(self, rows: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """An alternating Feistel network over pairs (high, low) of two moduli near sqrt(clips)."""
+        width = np.uint64(int(np.ceil(np.sqrt(self.clips))))
+        height = np.uint64(-(-self.clips // int(width)))
+        high, low = np.divmod(rows, width)
+        for number in range(_ROUNDS):
+            high = (high + _mixed(low ^ keys + np.uint64(2 * number)) % height) % height
+            low = (low + _mixed(high ^ keys + np.uint64(2 * number + 1)) % width) % width
+        return high * width + low
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64: every bit of the input changes every bit of the output."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
