@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -164,6 +165,15 @@ class VideoTokenizer(PretrainedModel):
     def codes(self) -> int:
         """Distinct code indices."""
         return self.quantizer.codebook_size
+
+    @property
+    def codebook(self) -> str:
+        """What an index means, as a short name: the number of codes and a checksum of the quantizer."""
+        digest = hashlib.sha256(self.config.quantizer.model_dump_json().encode())
+        for value in self.quantizer.state_dict().values():
+            if value.is_floating_point():
+                digest.update(value.float().cpu().contiguous().numpy().tobytes())
+        return f"{self.codes}@{digest.hexdigest()[:8]}"
 
     @property
     def device(self) -> torch.device:

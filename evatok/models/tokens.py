@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from evatok.errors import UserError
@@ -54,17 +54,26 @@ class Tokens:
         """Batches of clips with equal numbers of blocks, one after the other."""
         return cls(torch.cat([part.indices for part in parts]), torch.cat([part.lengths for part in parts]))
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
-        save_file(
-            {"indices": self.indices.contiguous().cpu(), "lengths": self.lengths.contiguous().cpu()}, path
-        )
+    def save(self, path: str | Path, codebook: str = "") -> None:
+        """Write a safetensors file. ``codebook``: what the indices mean, ``VideoTokenizer.codebook``."""
+        tensors = {"indices": self.indices.contiguous().cpu(), "lengths": self.lengths.contiguous().cpu()}
+        save_file(tensors, path, metadata={"codebook": codebook})
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokens:
-        """Read what ``save`` wrote; raises UserError if the file is none of ours."""
+    def load(cls, path: str | Path, codebook: str = "") -> Tokens:
+        """Read what ``save`` wrote.
+
+        Raises UserError if the file is none of ours, or if both codebooks are known and differ.
+        """
         try:
-            data = load_file(path)
-            return cls(data["indices"], data["lengths"])
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            with safe_open(path, framework="pt") as file:
+                written = (file.metadata() or {}).get("codebook", "")
+                tokens = cls(file.get_tensor("indices"), file.get_tensor("lengths"))
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{path} is not a token file written by `evatok encode`: {error}") from error
+        if codebook and written and codebook != written:
+            raise UserError(
+                f"{path} holds tokens of codebook {written}, but this model's is {codebook}. Use the model"
+                " that the tokens were made with, or encode the clips again."
+            )
+        return tokens
