@@ -7,6 +7,7 @@ A number is only comparable with numbers of the same network and weights, so its
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,15 +34,22 @@ class I3D:
     The file is the one that StyleGAN-V and LARP evaluate with; it rescales and resizes by itself.
     """
 
-    def __init__(self, file: Path, device: torch.device | str = "cpu") -> None:
-        self.name = f"i3d@{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
-        self._network = torch.jit.load(str(file), map_location=device).eval()  # type: ignore[no-untyped-call]
-        self._device = device
+    def __init__(self, file: Path) -> None:
+        self._file = file.read_bytes()  # not the network: TorchScript does not pickle, and workers need it
+        self.name = f"i3d@{hashlib.sha256(self._file).hexdigest()[:8]}"
+        self._network: torch.jit.ScriptModule | None = None
+
+    def to(self, device: torch.device | str) -> I3D:
+        """Load the network there; not picklable from then on."""
+        self._network = torch.jit.load(io.BytesIO(self._file), map_location=device).eval()  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def __call__(self, clips: Tensor) -> Tensor:
-        pixels = clips.to(self._device, torch.float32).clamp(0, 1) * 255
-        features: Tensor = self._network(pixels, rescale=True, resize=True, return_features=True)
+        network = self._network or self.to(clips.device)._network
+        assert network is not None
+        pixels = clips.float().clamp(0, 1) * 255
+        features: Tensor = network(pixels, rescale=True, resize=True, return_features=True)
         return features.flatten(1)
 
 

@@ -22,7 +22,7 @@ from evatok.report import figures
 from evatok.report.svg import number
 
 CHAIN = ("index", "proxy", "curate", "router", "tokenizer", "evaluate")
-STAGES = (*CHAIN[:5], "tokens", "generator", "evaluate")
+STAGES = (*CHAIN[:5], "tokens", "generator", "generate", "evaluate")
 REPORT = "report.html"
 
 Figures = list[str]
@@ -74,7 +74,7 @@ def render(run: Location) -> str:
             savings=_savings(summary),
             strips=_strips(evaluated, (policies or {}).get("choices", [])),
             clips=_clips(evaluated, policies),
-            generated=_generated(run),
+            generated=_generated(run, (policies or {}).get("choices", [])),
             curves={name: panels for name in _ordered(folders) if (panels := _curves(run / name))},
             index=_index(run / "index"),
             reward=_json(run / "curate", "statistics.json"),
@@ -237,13 +237,25 @@ def _strips(evaluated: Location, choices: Sequence[int]) -> dict[str, Any] | Non
     return {**samples, "clips": clips}
 
 
-def _generated(run: Location) -> dict[str, Any] | None:
-    """Samples of the generator: {"clips": [{"video", "title", "tokens"}]} in generator/samples.json."""
-    folder = run / "generator"
-    samples = _json(folder, "samples.json")
-    if not samples:
+def _generated(run: Location, choices: Sequence[int]) -> dict[str, Any] | None:
+    """Samples of the generator: generate/samples.json, else generator/samples.json.
+
+    {"clips": [{"video": name in that folder, "title", "tokens", "assignment"}]}.
+    """
+    folder = next(
+        (run / name for name in ("generate", "generator") if _json(run / name, "samples.json")), None
+    )
+    if folder is None:
         return None
-    clips = [{**clip, "video": _video(folder, clip["video"])} for clip in samples["clips"]]
+    samples = _json(folder, "samples.json")
+    clips = [
+        {
+            **clip,
+            "video": _video(folder, clip["video"]),
+            "bars": figures.assignment_bars(clip["assignment"], choices or clip["assignment"], "router"),
+        }
+        for clip in samples["clips"]
+    ]
     return {**samples, "clips": clips}
 
 

@@ -297,9 +297,26 @@ def _samples(stage: Location, motion: np.ndarray) -> None:
     stage.write_json("samples.json", {"metric": "dssim", "width": 64, "height": 64, "clips": clips})
 
 
+def add_generated(run: Location) -> None:
+    """Samples as the generate stage leaves them."""
+    clips = []
+    for c, title in enumerate(("Archery", "Bowling")):
+        (run / "generate").write_bytes(f"samples/{c}.mp4", video(_moving_square(64, 0.01)))
+        clips.append(
+            {"video": f"samples/{c}.mp4", "title": title, "tokens": 104, "assignment": [64, 16, 16, 8]}
+        )
+    (run / "generate").write_json("samples.json", {"clips": clips})
+
+
 @pytest.fixture
 def fabricated_run(tmp_path: Path) -> Location:
     return fabricate(Location.parse(tmp_path / "fabricated"))
+
+
+@pytest.fixture(name="add_generated")
+def _add_generated():
+    """``add_generated(run)``."""
+    return add_generated
 
 
 @pytest.fixture(name="fabricate")

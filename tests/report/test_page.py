@@ -75,6 +75,15 @@ def test_an_unfinished_run_shows_what_is_done(fabricate, tmp_path, stages):
     assert "quality" not in sections(page)
 
 
+def test_generated_samples_are_shown_with_the_lengths_they_chose(fabricated_run, add_generated):
+    add_generated(fabricated_run)
+    page = render(fabricated_run)
+    assert parse(page).outside == []
+    assert sections(page)[:3] == ["quality", "strips", "generated"]
+    assert "Archery" in page
+    assert "tokens by block: 64, 16, 16, 8" in page
+
+
 def test_an_empty_folder_gives_a_page_too(tmp_path):
     parse(render(Location.parse(tmp_path)))
 
