@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evatok.metrics.curves import Floats, Interval, bootstrap, resamples, token_saving
+from evatok.metrics.curves import Curve, Floats, Interval, interval, resamples, token_saving
 
-RESAMPLES = 1000
+RESAMPLES = 1000  # bootstrap draws
 REFERENCES = ("uniform", "static")
 
 
@@ -36,7 +36,7 @@ class Point:
     proxy: dict[str, Floats]
     reward: Floats
 
-    @property
+    @cached_property
     def tokens(self) -> Floats:
         total: Floats = self.assignment.sum(1).astype(np.float64)
         return total
@@ -87,48 +87,48 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """Per policy what ``evatok eval --json`` prints, and the headline comparisons under "headline"."""
         weights = resamples(self.clips, RESAMPLES, self.seed)
+        even = np.full(self.clips, 1 / self.clips)
+        savings, drawn = self._savings(even), [self._savings(row) for row in weights]
         policies: dict[str, Any] = {}
         for point in self.points:
             if point.headline:
-                percentile = bootstrap(partial(self.percentile, point), weights)
-                policies[point.policy] = {
-                    "reward_percentile": percentile.value if percentile else None,
-                    "reward_percentile_interval": _json(percentile),
+                name, percentile = point.policy, self.percentile(point, even)
+                spread = interval(percentile, [self.percentile(point, row) for row in weights])
+                policies[name] = {
+                    "reward_percentile": percentile,
+                    "reward_percentile_interval": _json(spread),
                     "mean_tokens": float(point.tokens.mean()),
-                    **{name: float(values.mean()) for name, values in point.quality.items()},
-                    **{
-                        f"token_saving_vs_{reference}": _json(self.saving(point.policy, reference, weights))
-                        for reference in REFERENCES
-                    },
+                    **{metric: float(values.mean()) for metric, values in point.quality.items()},
                 }
-        return {
-            "clips": self.clips,
-            "metric": self.metric,
-            "policies": policies,
-            "headline": self._headline(),
-        }
+                for reference in REFERENCES:
+                    pair = (name, reference)
+                    saving = (
+                        interval(savings[pair], [row[pair] for row in drawn]) if pair in savings else None
+                    )
+                    policies[name][f"token_saving_vs_{reference}"] = _json(saving)
+        headline = self._headline()
+        return {"clips": self.clips, "metric": self.metric, "policies": policies, "headline": headline}
 
     def percentile(self, point: Point, weights: Floats) -> float:
         """Eq. 8 under clip weights [N], in percent."""
         return float(100 * (weights @ (point.reward - self.worst)) / (weights @ (self.best - self.worst)))
 
-    def saving(self, policy: str, reference: str, weights: Floats) -> Interval | None:
-        """Token saving of a policy's curve against a reference policy's; both see the same resampled clips."""
-        if reference == policy or not self._curve(reference):
-            return None
-        our_tokens, our_quality = self._means(policy)
-        their_tokens, their_quality = self._means(reference)
-        return bootstrap(
-            lambda w: token_saving(our_tokens @ w, our_quality @ w, their_tokens @ w, their_quality @ w),
-            weights,
-        )
-
-    def _means(self, policy: str) -> tuple[Floats, Floats]:
-        """Tokens and quality (higher is better) of a policy's points: [K, N] each."""
+    def _savings(self, weights: Floats) -> dict[tuple[str, str], float]:
+        """Token saving in percent of every (policy, reference) under clip weights [N], the same for both."""
         sign = 1.0 if self.higher_is_better else -1.0
-        points = self._curve(policy)
-        quality = [sign * point.quality[self.metric] for point in points]
-        return np.stack([point.tokens for point in points]), np.stack(quality)
+        curves = {}
+        for policy in dict.fromkeys(point.policy for point in self.points):
+            points = self._curve(policy)
+            tokens = np.array([point.tokens @ weights for point in points])
+            curves[policy] = Curve(
+                tokens, sign * np.array([point.quality[self.metric] @ weights for point in points])
+            )
+        return {
+            (policy, reference): token_saving(curve, curves[reference])
+            for policy, curve in curves.items()
+            for reference in REFERENCES
+            if reference in curves and reference != policy
+        }
 
     def _curve(self, policy: str) -> list[Point]:
         return [point for point in self.points if point.policy == policy]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,42 +21,42 @@ class Interval:
     high: float
 
 
-def rising_part(tokens: Floats, quality: Floats) -> tuple[Floats, Floats]:
-    """The points of a curve that beat every point with fewer tokens, by tokens; quality: higher is better.
+class Curve:
+    """Tokens as a function of quality through a policy's points, in any order, [K] each.
 
-    What is left out would spend tokens for nothing; what stays can be read as tokens over quality.
+    quality: higher is better (negate LPIPS). A point counts if it beats every point with fewer tokens: the
+    others spend tokens for nothing. ``low`` and ``high``: the range of quality that is covered.
     """
-    order = np.lexsort((-quality, tokens))
-    tokens, quality = tokens[order], quality[order]
-    before = np.maximum.accumulate(np.concatenate([[-np.inf], quality[:-1]]))
-    kept = quality > before
-    return tokens[kept], quality[kept]
+
+    def __init__(self, tokens: Floats, quality: Floats) -> None:
+        order = np.lexsort((-quality, tokens))
+        tokens, quality = tokens[order], quality[order]
+        before = np.maximum.accumulate(np.concatenate([[-np.inf], quality[:-1]]))
+        self.tokens, self.quality = tokens[quality > before], quality[quality > before]
+        self.low, self.high = float(self.quality[0]), float(self.quality[-1])
+        self._logs = PchipInterpolator(self.quality, np.log(self.tokens)) if len(self.tokens) > 1 else None
+
+    def mean_log_tokens(self, low: float, high: float) -> float:
+        """Over [low, high], a part of the covered range or a single quality in it."""
+        if self._logs is None:
+            return float(np.log(self.tokens[0]))
+        if high == low:
+            return float(self._logs(low))
+        return float(self._logs.integrate(low, high) / (high - low))
 
 
-def token_saving(
-    tokens: Floats, quality: Floats, reference_tokens: Floats, reference_quality: Floats
-) -> float:
+def token_saving(curve: Curve, reference: Curve) -> float:
     """Mean percentage of tokens that a curve saves against a reference at equal quality; negative: a loss.
 
     Bjontegaard's delta rate (VCEG-M33) with the shape-preserving cubic of its later practice in place of
     one polynomial: log tokens as a function of quality, averaged over the range of quality that both curves
-    cover. Points in any order, [K] each; quality: higher is better (negate LPIPS). Where one of them has a
-    single rising point the range is that point's quality. NaN where the curves share no quality.
+    cover, which is one quality where one of them has a single point. NaN where they share none.
     """
-    ours, reference = rising_part(tokens, quality), rising_part(reference_tokens, reference_quality)
-    low, high = max(ours[1][0], reference[1][0]), min(ours[1][-1], reference[1][-1])
+    low, high = max(curve.low, reference.low), min(curve.high, reference.high)
     if high < low:
         return float("nan")
-    gap = _mean_log_tokens(*ours, low, high) - _mean_log_tokens(*reference, low, high)
+    gap = curve.mean_log_tokens(low, high) - reference.mean_log_tokens(low, high)
     return float(100 * (1 - np.exp(gap)))
-
-
-def _mean_log_tokens(tokens: Floats, quality: Floats, low: float, high: float) -> float:
-    logs = np.log(tokens)
-    if len(logs) == 1:
-        return float(logs[0])
-    curve = PchipInterpolator(quality, logs)
-    return float(curve(low) if high == low else curve.integrate(low, high) / (high - low))
 
 
 def resamples(clips: int, count: int, seed: int) -> Floats:
@@ -65,16 +65,13 @@ def resamples(clips: int, count: int, seed: int) -> Floats:
     return np.asarray(draws, dtype=np.float64) / clips
 
 
-def bootstrap(estimate: Callable[[Floats], float], weights: Floats, level: float = 0.95) -> Interval | None:
-    """Percentile interval of ``estimate``, a function of clip weights [clips] that sum to 1.
+def interval(value: float, draws: Sequence[float], level: float = 0.95) -> Interval | None:
+    """The central percentile interval of an estimate by its bootstrap draws.
 
-    weights: [R, clips] of ``resamples``; the same ones for all estimates keep comparisons paired. Draws
-    for which the estimate is NaN are left out; None where it is itself, or for more than half of the draws.
+    Draws that are NaN are left out; None where the estimate itself, or more than half of the draws, is.
     """
-    value = estimate(np.full(weights.shape[1], 1 / weights.shape[1]))
-    drawn = np.array([estimate(row) for row in weights])
-    drawn = drawn[np.isfinite(drawn)]
-    if not np.isfinite(value) or 2 * len(drawn) < len(weights):
+    kept = np.array(draws)[np.isfinite(draws)]
+    if not np.isfinite(value) or 2 * len(kept) < len(draws):
         return None
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(low), float(high))
