@@ -24,6 +24,7 @@ from evatok.config import Config
 
 Reason = Literal[
     "missing",  # no such file, or not readable by us
+    "outside",  # its path leaves the data root
     "empty",  # zero bytes
     "unreadable",  # no demuxer accepts it: truncated header, wrong type, text
     "no_video",  # readable, but nothing to see

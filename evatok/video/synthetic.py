@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evatok.artifacts import Location
 from evatok.video.write import write_mp4
 
 Image = NDArray[np.float32]
@@ -70,22 +71,17 @@ def write_videos(
         name = f"{kind}_{number:05d}.mp4"
         write_mp4(folder / name, render(kind, paces, size, draw), FPS, group=group, preset="veryfast")
         videos.append(SyntheticVideo(name, kind, tuple(MOTION[pace] for pace in paces)))
-    truth = {video.name: {"label": video.label, "motion": video.motion} for video in videos}
-    partial = folder / f"{TRUTH}.partial"
-    partial.write_text(json.dumps(truth, indent=1))
-    partial.replace(folder / TRUTH)
+    truth = [asdict(video) for video in videos]
+    (folder / TRUTH).write_text(json.dumps(truth, indent=1))
     return videos
 
 
-def read_truth(folder: str | Path) -> dict[str, SyntheticVideo]:
-    """What `write_videos` left in `folder`, by file name; empty where it has not finished."""
-    path = Path(folder) / TRUTH
-    if not path.exists():
-        return {}
-    return {
-        name: SyntheticVideo(name, video["label"], tuple(video["motion"]))
-        for name, video in json.loads(path.read_text()).items()
-    }
+def read_truth(folder: Location) -> list[SyntheticVideo]:
+    """What `write_videos` left in `folder`. Raises FileNotFoundError where it has not finished."""
+    return [
+        SyntheticVideo(video["name"], video["label"], tuple(video["motion"]))
+        for video in folder.read_json(TRUTH)
+    ]
 
 
 def render(kind: str, paces: NDArray[np.str_], size: int, draw: np.random.Generator) -> NDArray[np.uint8]:

@@ -1,0 +1,32 @@
+"""A folder of video files, at any depth."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from evatok.artifacts import Location
+from evatok.config import Config
+from evatok.errors import UserError
+from evatok.video.sources.video import Video, files, folder
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+
+
+class FolderSource(Config):
+    """Every video file below a folder."""
+
+    kind: Literal["folder"] = "folder"
+    path: str = Field(description="folder or URI that holds the videos")
+
+    def videos(self, workspace: Location) -> Iterator[Video]:
+        """Raises UserError when there is no such folder or no video file in it."""
+        root = folder(self.path, "index.source.path")
+        count = 0
+        for name in files(root, SUFFIXES):
+            count += 1
+            yield Video(name, f"{root.uri}/{name}")
+        if not count:
+            raise UserError(
+                f"{self.path}: no video file in this folder. Looked for {', '.join(SUFFIXES)} at any depth."
+            )

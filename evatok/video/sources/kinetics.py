@@ -1,0 +1,48 @@
+"""Kinetics: a CSV of trimmed YouTube segments."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from evatok.artifacts import Location
+from evatok.config import Config
+from evatok.errors import UserError
+from evatok.video.sources.table import rows
+from evatok.video.sources.video import Video, below, folder
+
+_COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
+
+
+class KineticsSource(Config):
+    """The segments of a Kinetics CSV whose files were trimmed by whoever fetched them."""
+
+    kind: Literal["kinetics"] = "kinetics"
+    path: str = Field(description="folder or URI that holds the videos")
+    csv: str = Field(description=f"CSV with the columns {', '.join(_COLUMNS)}")
+    pattern: str = Field(
+        default="{label}/{youtube_id}_{time_start:06d}_{time_end:06d}.mp4",
+        description="where a segment's file is below `path`, in terms of the columns",
+    )
+
+    def videos(self, workspace: Location) -> Iterator[Video]:
+        """The validation split counts as test."""
+        root = folder(self.path, "index.source.path")
+        for row in rows(self.csv, _COLUMNS):
+            name = self._name(row)
+            uri = below(root, name)
+            split = "test" if row["split"].startswith("val") else row["split"]
+            if uri is None:
+                yield Video(name, name, split=split, problem="its path leaves the data root")
+            else:
+                yield Video(name, uri, label=row["label"] or None, split=split)
+
+    def _name(self, row: dict[str, str]) -> str:
+        times = {name: int(float(row[name])) for name in ("time_start", "time_end")}
+        try:
+            return self.pattern.format(**{**row, **times})
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"index.source.pattern {self.pattern!r} cannot be filled in ({error}); "
+                f"allowed names: {', '.join(_COLUMNS)}."
+            ) from None

@@ -1,0 +1,65 @@
+"""What a source lists: videos, before anything is known of their content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Protocol
+
+import pyarrow.fs as pafs
+
+from evatok.artifacts import Location
+from evatok.errors import UserError
+
+
+@dataclass(frozen=True)
+class Video:
+    """A file that should hold a video.
+
+    `name`: unique in its source, stable over reruns. `split`: None lets the index draw one. `motion`: known
+    complexity of each temporal block, for synthetic videos. `problem`: why its path cannot be followed.
+    """
+
+    name: str
+    uri: str
+    label: str | None = None
+    caption: str | None = None
+    split: str | None = None
+    motion: tuple[float, ...] | None = None
+    problem: str | None = None
+
+
+class Source(Protocol):
+    """Where videos come from: a config that can list them."""
+
+    def videos(self, workspace: Location) -> Iterator[Video]:
+        """All videos, in a stable order; `workspace`: the folder for what the source makes itself.
+
+        Raises UserError when the source as a whole is not there or not what it should be.
+        """
+        ...
+
+
+def files(root: Location, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """Relative paths of all files below `root` with one of these suffixes, sorted."""
+    selector = pafs.FileSelector(root.path, recursive=True)
+    found = (info.path for info in root.fs.get_file_info(selector) if info.type == pafs.FileType.File)
+    start = len(root.path.rstrip("/")) + 1
+    yield from sorted(path[start:] for path in found if path.lower().endswith(suffixes))
+
+
+def folder(uri: str, purpose: str) -> Location:
+    """The folder that a config names. Raises UserError when it is not there."""
+    location = Location.parse(uri)
+    if location.fs.get_file_info(location.path).type != pafs.FileType.Directory:
+        raise UserError(f"{uri}: no such folder ({purpose}).")
+    return location
+
+
+def below(root: Location, name: str) -> str | None:
+    """The URI of `name` under `root`; None when it would leave the root."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        return None
+    return f"{root.uri}/{path}"
