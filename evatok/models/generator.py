@@ -52,6 +52,9 @@ class GeneratorConfig(Config):
     condition: tuple[int, ...] = Field(
         (), description="fixed assignment of the given blocks of a frame predictor; K600: (512, 128)"
     )
+    known_blocks: int = Field(
+        0, ge=0, description="blocks that the given frames fill, so that sampling takes them as they are"
+    )
     codebook: str = Field("", description="the tokenizer's codebook, as it names itself")
 
     @model_validator(mode="after")

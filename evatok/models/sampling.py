@@ -56,6 +56,19 @@ class Requests:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @classmethod
+    def predicting(cls, config: GeneratorConfig, condition: Tensor, seeds: Tensor) -> "Requests":
+        """Clips that go on from given frames, codes ``[N, P]``.
+
+        The blocks that the frames fill are not sampled again: the tokenizer is causal, so their codes in the
+        whole clip are those of the condition.
+        """
+        known = config.condition[: config.known_blocks]
+        given = Tokens(condition[:, : sum(known)].flatten(), torch.tensor(known).repeat(len(condition), 1))
+        return cls(
+            torch.full_like(seeds, NO_CLASS), seeds, condition=condition, given=given if known else None
+        )
+
 
 @dataclass
 class Slots:

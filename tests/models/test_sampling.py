@@ -134,13 +134,10 @@ def test_given_blocks_are_kept_and_continued_as_if_they_had_been_sampled():
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_frame_predictor_starts_with_the_given_assignment_and_depends_on_the_frames(cached):
-    model = build(labels=(), condition=(8, 2))
-    labels, seeds = torch.full((3,), NO_CLASS), torch.zeros(3).long()
+    model = build(labels=(), condition=(8, 2), known_blocks=1)
     condition = torch.randint(11, (3, 10))
-    given = Tokens(condition[:, :8].flatten(), torch.full((3, 1), 8))
-    tokens = sample(
-        model, Requests(labels, seeds, condition=condition, given=given), SamplingConfig(), cached=cached
-    )
+    requests = Requests.predicting(model.config, condition, torch.zeros(3).long())
+    tokens = sample(model, requests, SamplingConfig(), cached=cached)
     assert_valid(tokens, model, 3)
     assert torch.equal(tokens.lengths[:, :2], torch.tensor([[8, 2]]).repeat(3, 1))
     assert torch.equal(torch.stack([clip[0] for clip in tokens.to_sequences()]), condition[:, :8])

@@ -1,0 +1,75 @@
+"""Generator: a GPT on the tokens of the final tokenizer (evatok.md 6).
+
+Leaves ``model/`` (weights and config for ``Generator.from_pretrained``) and ``curves/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from evatok.config import OPERATIONAL, Config
+from evatok.models.generator import GeneratorConfig, NetworkConfig
+from evatok.stages.stage import Stage, StageContext
+from evatok.training.generation import GenerationTask
+from evatok.training.loop import TrainConfig
+from evatok.training.token_table import count_rows, mean_tokens, read_vocabulary
+
+
+class GeneratorStageConfig(Config):
+    network: NetworkConfig = NetworkConfig()
+    train: TrainConfig
+    held_out: Annotated[int, OPERATIONAL] = Field(
+        256, ge=0, description="clips of the test split that the loss is also measured on"
+    )
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train on the encoded training clips; returns the last metrics of training."""
+    from evatok.distributed.tokens import token_stream
+    from evatok.distributed.train import fit
+
+    config: GeneratorStageConfig = context.config
+    tokens = context.inputs["tokens"].location
+    vocabulary = read_vocabulary(tokens)
+    held_out = min(config.held_out, count_rows(tokens, "test"))
+    task = GenerationTask(
+        GeneratorConfig(network=config.network, **dict(vocabulary)),
+        mean_tokens=mean_tokens(tokens, "train"),
+        seed=context.seed,
+    )
+    return fit(
+        task,
+        config.train,
+        partial(token_stream, tokens, "train", context.seed),
+        location=context.location,
+        run_id=context.run_id,
+        seed=context.seed,
+        workers=context.resources.workers,
+        cpus_per_worker=context.resources.cpus_per_worker,
+        use_gpu=context.resources.use_gpu,
+        evaluation=partial(
+            token_stream, tokens, "test", context.seed, start=0, count=held_out, rows_per_block=1
+        )
+        if held_out
+        else None,
+        listener=lambda done, total, figures: context.progress(done, total, "steps", **figures),
+    )
+
+
+def _check(config: GeneratorStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
+    for key, problem in config.train.problems(max(1, experiment.resources.workers)):
+        yield f"train.{key}", problem
+
+
+STAGE = Stage(
+    name="generator",
+    config=GeneratorStageConfig,
+    run=run,
+    inputs=("tokens",),
+    outputs=("model/", "curves/"),
+    check=_check,
+)
