@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from evatok.artifacts import Location
 from evatok.training.checkpoint import FolderCheckpoints
 from evatok.training.loop import TrainConfig, train
 from evatok.training.tasks import Batch, Metrics, Modules, Task
+from evatok.video.order import ClipOrder
+
+ORDER = ClipOrder(50, seed=5)
 
 
 @dataclass
@@ -23,6 +27,8 @@ class ToyTask(Task):
     dropout: float = 0.0
     adversarial: bool = False
     poison: tuple[int, ...] = ()  # steps whose loss is made infinite
+    die_at: int = -1  # step at which one process kills itself, once,
+    marker: str = ""  # which is when this file is not there yet
 
     def build(self, device: torch.device) -> dict[str, nn.Module]:
         body = [nn.Linear(5, 13), nn.Tanh(), nn.Dropout(self.dropout), nn.BatchNorm1d(13, momentum=0.0)]
@@ -36,6 +42,9 @@ class ToyTask(Task):
     def losses(
         self, modules: Modules, batch: Batch, step: int
     ) -> Iterator[tuple[str, torch.Tensor, Metrics]]:
+        if step == self.die_at and not os.path.exists(self.marker):
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         x, y = batch["x"], batch["y"]
         prediction = modules["model"](x)
         loss = (prediction - y).square().mean()
@@ -63,9 +72,9 @@ class ToyTask(Task):
 
 
 def toy_samples(positions: torch.Tensor) -> Batch:
-    """The sample at each global position: y is a fixed smooth function of a random x."""
-    rows = [torch.randn(5, generator=torch.Generator().manual_seed(int(p))) for p in positions]
-    x = torch.stack(rows)
+    """The samples at successive global positions: y is a fixed function of an x that goes by the row."""
+    rows = ORDER.rows(int(positions[0]), len(positions))
+    x = torch.stack([torch.randn(5, generator=torch.Generator().manual_seed(int(row))) for row in rows])
     y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin(), x[:, 3:].sum(1)], 1)
     return {"x": x, "y": y, "position": positions.clone()}
 
