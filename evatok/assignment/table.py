@@ -43,6 +43,16 @@ def to_table(rows: RewardRows) -> pa.Table:
     return pa.table(columns)
 
 
+def side_by_side(tables: Sequence[pa.Table]) -> pa.Table:
+    """Join stored tables of the same clips, each with the next assignments of the space, into one."""
+    parts = [_rows(_batch(table), _metrics(table.schema)) for table in tables]
+    first = parts[0]
+    if any(part.clip_id != first.clip_id for part in parts):
+        raise ValueError("the parts of a reward table hold different clips")
+    joined = {name: torch.cat([part.quality[name] for part in parts], 1) for name in first.quality}
+    return to_table(replace(first, quality=joined))
+
+
 @dataclass(frozen=True)
 class RewardTable:
     """A lazy view of a stored reward table, of all clips or of one split, in the order of the files."""
@@ -63,8 +73,7 @@ class RewardTable:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        schema = self.dataset.schema
-        return tuple(field.name for field in schema if pa.types.is_fixed_size_list(field.type))
+        return _metrics(self.dataset.schema)
 
     @property
     def size(self) -> int:
@@ -99,6 +108,14 @@ class RewardTable:
                 " add it to curate.metrics and run curate again"
             )
         return self.metrics if metrics is None else tuple(metrics)
+
+
+def _metrics(schema: pa.Schema) -> tuple[str, ...]:
+    return tuple(field.name for field in schema if pa.types.is_fixed_size_list(field.type))
+
+
+def _batch(table: pa.Table) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([c.combine_chunks() for c in table.columns], schema=table.schema)
 
 
 def _rows(batch: pa.RecordBatch, metrics: Sequence[str]) -> RewardRows:

@@ -79,19 +79,34 @@ class Progress:
 
 @dataclass(frozen=True)
 class FanOutSummary:
-    """A completed fan-out: every shard is on storage.
+    """A completed fan-out: every shard is on storage. ``copies``: second attempts at stragglers."""
 
-    ``kept``: items found done; ``busy``: task seconds, added; ``copies``: second attempts at stragglers.
-    """
-
-    items: int
-    rows: int
-    rejected: tuple[dict[str, str], ...]
-    kept: int
+    records: tuple[ShardRecord, ...]
     retries: int
     copies: int
     seconds: float
-    busy: float
+
+    @property
+    def items(self) -> int:
+        return sum(record.items for record in self.records)
+
+    @property
+    def rows(self) -> int:
+        return sum(record.rows for record in self.records)
+
+    @property
+    def kept(self) -> int:
+        """Items whose shard was there already."""
+        return sum(record.items for record in self.records if record.kept)
+
+    @property
+    def busy(self) -> float:
+        """Seconds of all tasks, added."""
+        return sum(record.seconds for record in self.records)
+
+    @property
+    def rejected(self) -> list[dict[str, str]]:
+        return [item for record in self.records for item in record.rejected]
 
 
 class FanOutError(RuntimeError):
@@ -189,14 +204,10 @@ def fan_out(
     if failures:
         raise FanOutError(_given_up(target, failures, len(records), len(shards)))
     return FanOutSummary(
-        items=total,
-        rows=sum(record.rows for record in records),
-        rejected=tuple(item for record in sorted(records, key=lambda r: r.name) for item in record.rejected),
-        kept=kept,
+        records=tuple(sorted(records, key=lambda record: record.name)),
         retries=schedule.retried,
         copies=schedule.copied,
         seconds=time.monotonic() - started,
-        busy=sum(record.seconds for record in records if not record.kept),
     )
 
 

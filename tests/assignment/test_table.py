@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evatok.artifacts import Location
-from evatok.assignment.table import RewardRows, RewardTable, to_table
+from evatok.assignment.table import RewardRows, RewardTable, side_by_side, to_table
 from evatok.errors import UserError
 
 
@@ -57,6 +57,21 @@ def test_pandas_reads_the_folder_in_one_line(folder):
     frame = pd.read_parquet(folder[0])
     assert frame.shape == (12, 5)
     assert np.stack(frame["lpips"]).shape == (12, 25)
+
+
+def test_parts_of_the_space_join_side_by_side():
+    whole = rows(0, 4)
+    parts = [
+        to_table(
+            RewardRows(
+                whole.clip_id, whole.row, whole.split, {m: q[:, cut] for m, q in whole.quality.items()}
+            )
+        )
+        for cut in (slice(0, 5), slice(5, 25))
+    ]
+    assert side_by_side(parts).equals(to_table(whole))
+    with pytest.raises(ValueError, match="different clips"):
+        side_by_side([parts[0], parts[1].slice(1)])
 
 
 def test_missing_table_or_metric_is_told_to_the_user(folder, tmp_path):
