@@ -1,0 +1,1 @@
+"""`evatok bench`: ratios measured in one run on one machine."""
