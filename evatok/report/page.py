@@ -9,7 +9,6 @@ import base64
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 import jinja2
@@ -61,8 +60,8 @@ def render(run: Location) -> str:
     policies = _json(evaluated, "policies.json")
     summary = _json(evaluated, "summary.json")
     return (
-        _environment()
-        .get_template("page.html")
+        environment()
+        .get_template("run.html")
         .render(
             name=run.uri.rstrip("/").rpartition("/")[2],
             stages=stages,
@@ -86,16 +85,13 @@ def render(run: Location) -> str:
     )
 
 
-def _environment() -> jinja2.Environment:
-    folder = files("evatok.report")
-    sources = {name: (folder / name).read_text() for name in ("page.html", "page.css", "page.js")}
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader(sources), autoescape=True, trim_blocks=True, lstrip_blocks=True
+def environment() -> jinja2.Environment:
+    """Templates of this package, with the filters that they use."""
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("evatok", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(
-        number=number, duration=duration, metric=figures.title_of, colour=figures.colour
-    )
-    return environment
+    found.filters.update(number=number, duration=duration, metric=figures.title_of, colour=figures.colour)
+    return found
 
 
 def duration(seconds: float | None) -> str:
@@ -164,37 +160,31 @@ def _tiles(summary: Mapping[str, Any] | None) -> list[Tile]:
 
 
 def _quality(policies: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The centrepiece: a view for each tokenizer and metric, wide and narrow."""
+    """The centrepiece: a view for each metric and tokenizer, wide and narrow."""
     if not policies:
         return None
     shown = {
-        name: {**entry, "points": sorted(entry["points"], key=lambda p: p["mean_tokens"])}
+        name: {**entry, "points": sorted(entry["points"], key=lambda point: point["mean_tokens"])}
         for name, entry in policies["policies"].items()
     }
-    by_proxy = {
-        name: {
-            **entry,
-            "points": [
-                {**p, "intervals": {}, **p.get("proxy", {})} for p in entry["points"] if p.get("proxy")
-            ],
-        }
+    final = {
+        name: {**entry, "points": [{**p, "intervals": {}, **p["final"]} for p in entry["points"]]}
         for name, entry in shown.items()
     }
-    views = []
-    for title, entries in (("final tokenizer", shown), ("proxy", by_proxy)):
-        for metric in [*policies["metrics"], *(["reward_percentile"] if entries is shown else [])]:
-            if any(p.get(metric) is not None for e in entries.values() for p in e["points"]):
-                views.append(
-                    {
-                        "title": f"{figures.title_of(metric)}" + (", proxy" if title == "proxy" else ""),
-                        "wide": figures.quality_against_tokens(
-                            entries, metric, width=1000, height=520, labels=True
-                        ),
-                        "narrow": figures.quality_against_tokens(
-                            entries, metric, width=380, height=400, labels=False
-                        ),
-                    }
-                )
+    wanted = [
+        (figures.title_of(metric), shown, metric) for metric in [*policies["metrics"], "reward_percentile"]
+    ]
+    wanted += [
+        (f"{figures.title_of(metric)}, final tokenizer", final, metric) for metric in policies["metrics"]
+    ]
+    views = [
+        {
+            "title": title,
+            "wide": figures.quality_against_tokens(entries, metric, width=1000, height=520, labels=True),
+            "narrow": figures.quality_against_tokens(entries, metric, width=380, height=400, labels=False),
+        }
+        for title, entries, metric in wanted
+    ]
     return {**policies, "policies": shown, "views": views}
 
 
