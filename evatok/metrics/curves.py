@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
 
 Floats = NDArray[np.float64]
 
@@ -32,25 +31,25 @@ class Curve:
         order = np.lexsort((-quality, tokens))
         tokens, quality = tokens[order], quality[order]
         before = np.maximum.accumulate(np.concatenate([[-np.inf], quality[:-1]]))
-        self.tokens, self.quality = tokens[quality > before], quality[quality > before]
+        self.quality, self.logs = quality[quality > before], np.log(tokens[quality > before])
         self.low, self.high = float(self.quality[0]), float(self.quality[-1])
-        self._logs = PchipInterpolator(self.quality, np.log(self.tokens)) if len(self.tokens) > 1 else None
 
     def mean_log_tokens(self, low: float, high: float) -> float:
         """Over [low, high], a part of the covered range or a single quality in it."""
-        if self._logs is None:
-            return float(np.log(self.tokens[0]))
         if high == low:
-            return float(self._logs(low))
-        return float(self._logs.integrate(low, high) / (high - low))
+            return float(np.interp(low, self.quality, self.logs))
+        inside = self.quality[(self.quality > low) & (self.quality < high)]
+        knots = np.concatenate([[low], inside, [high]])
+        logs = np.interp(knots, self.quality, self.logs)
+        return float(((logs[1:] + logs[:-1]) / 2 * np.diff(knots)).sum() / (high - low))
 
 
 def token_saving(curve: Curve, reference: Curve) -> float:
     """Mean percentage of tokens that a curve saves against a reference at equal quality; negative: a loss.
 
-    Bjontegaard's delta rate (VCEG-M33) with the shape-preserving cubic of its later practice in place of
-    one polynomial: log tokens as a function of quality, averaged over the range of quality that both curves
-    cover, which is one quality where one of them has a single point. NaN where they share none.
+    Bjontegaard's delta rate (VCEG-M33): log tokens as a function of quality, averaged over the range of
+    quality that both curves cover, which is one quality where one of them has a single point; NaN where they
+    share none. Straight between points in place of his polynomial, which overshoots between uneven points.
     """
     low, high = max(curve.low, reference.low), min(curve.high, reference.high)
     if high < low:
