@@ -212,6 +212,23 @@ def histogram(policy: str, values: Sequence[float], edges: Sequence[float], unit
     return plot.svg(f"{policy}: distribution of {unit} over {len(values)} clips")
 
 
+def shares(title: str, parts: Mapping[str, float]) -> str:
+    """Parts of a whole as bars, largest first; ``parts``: shares in [0, 1], what is missing is "other"."""
+    rest = 1 - sum(parts.values())
+    rows = sorted(
+        ({**parts, "other": rest} if rest > 0.005 else dict(parts)).items(), key=lambda row: -row[1]
+    )
+    plot = Plot(320, 178, (34, 44, 8, 84))
+    step = (plot.bottom - plot.top) / len(rows)
+    plot.text(4, 14, title, "panel-title")
+    for i, (name, share) in enumerate(rows):
+        y = plot.top + i * step
+        plot.text(plot.left - 8, y + step / 2 + 4, name, "tick", anchor="end")
+        plot.bar(plot.left, y + 3, (plot.right - plot.left) * share, step - 6, "bar train")
+        plot.text(plot.right + 40, y + step / 2 + 4, f"{100 * share:.0f} %", "value", anchor="end")
+    return plot.svg(f"{title}: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in rows))
+
+
 def confusion(block: int, counts: Sequence[Sequence[int]], choices: Sequence[int]) -> str:
     """Router (columns) against oracle (rows) token counts of one block, shade by share of the row."""
     cells = len(choices)

@@ -296,14 +296,19 @@ def _counts(truth: np.ndarray, guess: np.ndarray, choices: Sequence[int]) -> lis
 
 
 def _curves(stage: Location) -> Figures:
-    """One panel per metric, both splits in it; evaluated metrics first."""
+    """One panel per metric, both splits in it, evaluated metrics first; then where the steps' time went."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in read_curves(stage):
         for key, value in row.items():
             if key not in ("step", "samples", "time", "split") and isinstance(value, int | float):
                 series[key][row["split"]].append((row["step"], value))
+    times = {key.removeprefix("time_"): series.pop(key) for key in list(series) if key.startswith("time_")}
     first = sorted(series, key=lambda key: ("eval" not in series[key], key != "loss", key))
-    return [figures.curve_panel(figures.title_of(key), series[key]) for key in first]
+    panels = [figures.curve_panel(figures.title_of(key), series[key]) for key in first]
+    if times:
+        means = {part: float(np.mean([v for _, v in splits["train"]])) for part, splits in times.items()}
+        panels.append(figures.shares("time of a step", means))
+    return panels
 
 
 def _index(index: Location) -> dict[str, Any] | None:

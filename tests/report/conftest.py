@@ -144,6 +144,9 @@ def _curves(stage: Location) -> None:
                 "loss": 0.2 + 2 * decay + draws.normal(0, 0.02),
                 "l1": 0.05 + 0.2 * decay + draws.normal(0, 0.004),
                 "vq": 0.02 + 0.5 * decay,
+                "time_data": 0.1,
+                "time_forward": 0.4,
+                "time_backward": 0.45,
                 "learning_rate": 1e-4 * (1 + math.cos(step / 400 * math.pi)) / 2,
             }
         )

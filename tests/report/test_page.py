@@ -94,6 +94,12 @@ def test_the_page_counts_what_the_index_rejected_by_reason(fabricated_run):
     assert re.search(r"unreadable</th><td>3<", page)
 
 
+def test_where_the_time_went_is_one_panel_with_what_is_left_over(fabricated_run):
+    page = render(fabricated_run)
+    assert page.count("time of a step: backward 45 %, forward 40 %, data 10 %, other 5 %") == 3
+    assert "time forward" not in page
+
+
 def test_the_page_shows_the_experiment_as_it_was_run_and_escapes_it(fabricated_run):
     fabricated_run.write_bytes("experiment.yaml", b"name: '<script>alert(1)</script>'\n")
     page = render(fabricated_run)
