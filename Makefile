@@ -32,7 +32,8 @@ format: $(INSTALLED)
 	.venv/bin/ruff check --fix .
 
 bench: $(INSTALLED)
-	.venv/bin/evatok bench all
+	mkdir -p runs
+	.venv/bin/evatok bench all --json | tee runs/bench.json
 
 $(INSTALLED): pyproject.toml cluster/requirements.txt
 	@test -n '$(PYTHON)' || { echo 'evatok needs Python 3.10, 3.11 or 3.12 with its venv module' >&2; exit 2; }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -178,6 +179,19 @@ class Location:
         )
         return target
 
+    def copy(self, source: Location, skip: Sequence[str] = ()) -> None:
+        """Copy what is in ``source`` here, except the names in ``skip``; the manifest comes last."""
+        for name in sorted(source.list(), key=lambda name: name == MANIFEST):
+            if name in skip:
+                continue
+            if source.fs.get_file_info(source._at(name)).type == pafs.FileType.File:
+                self.write_bytes(name, source.read_bytes(name))
+                continue
+            self.fs.create_dir(self._at(name), recursive=True)
+            pafs.copy_files(
+                source._at(name), self._at(name), source_filesystem=source.fs, destination_filesystem=self.fs
+            )
+
     def _at(self, name: str) -> str:
         return f"{self.path}/{_checked(name)}" if name else self.path
 
@@ -309,21 +323,31 @@ LEASE_SECONDS = 60.0
 
 
 @contextlib.contextmanager
-def exclusive(location: Location, wait: float = LEASE_SECONDS) -> Iterator[None]:
+def exclusive(location: Location, patience: float = 0.0) -> Iterator[None]:
     """Hold a run's folder for this process; a second driver gets UserError instead of the folder.
 
-    Locally an advisory file lock, which the kernel frees when the holder dies. Elsewhere a lease,
-    renewed while held: after a dead holder the next one waits up to ``wait`` seconds for it to lapse.
+    Locally an advisory file lock, which the kernel frees when the holder dies. Elsewhere a lease, renewed
+    while held; the one of a dead holder lapses after LEASE_SECONDS, and that long is waited in any case.
+    ``patience``: seconds to wait for a living holder.
     """
     folder = location.local()
-    with _file_lock(folder, location) if folder else _lease(location, wait):
+    lock = _file_lock(folder) if folder else _lease(location)
+    deadline = time.monotonic() + max(patience, 0.0 if folder else LEASE_SECONDS)
+    with contextlib.ExitStack() as stack:
+        while (holder := stack.enter_context(lock)) is not None:
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"{location.uri} is in use by {holder or 'another process'}.\n"
+                    "Wait for it to end, or stop it, or give this experiment another name (--set name=...)."
+                )
+            time.sleep(min(1.0, LEASE_SECONDS / 10))
+            lock = _file_lock(folder) if folder else _lease(location)
         yield
 
 
 @contextlib.contextmanager
-def _file_lock(folder: Path, location: Location) -> Iterator[None]:
-    import fcntl
-
+def _file_lock(folder: Path) -> Iterator[str | None]:
+    """Yields None when the lock is ours, else who holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
@@ -332,24 +356,26 @@ def _file_lock(folder: Path, location: Location) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except OSError:
             file.seek(0)
-            raise _held(location, file.read().strip()) from error
+            yield file.read().strip()
+            return
         file.truncate(0)
         file.write(_me())
         file.flush()
-        yield
+        yield None
 
 
 @contextlib.contextmanager
-def _lease(location: Location, wait: float) -> Iterator[None]:
+def _lease(location: Location) -> Iterator[str | None]:
+    """Yields None when the lease is ours, else who holds it."""
     name, mine = "lease.json", uuid.uuid4().hex
     released = threading.Event()
 
     def sign() -> None:
         location.write_json(name, {"id": mine, "holder": _me(), "until": time.time() + LEASE_SECONDS})
 
-    def holder() -> dict[str, Any]:
+    def current() -> dict[str, Any]:
         with contextlib.suppress(FileNotFoundError):
             return dict(location.read_json(name))
         return {"id": "", "holder": "", "until": 0.0}
@@ -358,19 +384,20 @@ def _lease(location: Location, wait: float) -> Iterator[None]:
         while not released.wait(LEASE_SECONDS / 4):
             sign()
 
-    deadline = time.time() + wait
-    while (current := holder())["until"] > time.time():
-        if time.time() >= deadline:
-            raise _held(location, current["holder"])
-        time.sleep(min(1.0, wait))
+    if (holder := current())["until"] > time.time():
+        yield holder["holder"]
+        return
     sign()
-    time.sleep(min(1.0, wait))  # a rival who signed at the same moment has overwritten us by now
-    if (current := holder())["id"] != mine:
-        raise _held(location, current["holder"])
+    time.sleep(
+        min(1.0, LEASE_SECONDS / 10)
+    )  # a rival who signed at the same moment has overwritten us by now
+    if (holder := current())["id"] != mine:
+        yield holder["holder"]
+        return
     thread = threading.Thread(target=renew, name="evatok-lease", daemon=True)
     thread.start()
     try:
-        yield
+        yield None
     finally:
         released.set()
         thread.join()
@@ -379,13 +406,6 @@ def _lease(location: Location, wait: float) -> Iterator[None]:
 
 def _me() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def _held(location: Location, holder: str) -> UserError:
-    return UserError(
-        f"{location.uri} is in use by {holder or 'another process'}.\n"
-        "Wait for it to end, or stop it, or give this experiment another name (--set name=...)."
-    )
 
 
 def _checked(name: str) -> str:

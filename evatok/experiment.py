@@ -25,7 +25,7 @@ from evatok.config import Config, dump, flatten, identity, load, parse, problems
 from evatok.errors import UserError
 from evatok.stages.stage import Description, Listener, Resources, Stage, StageContext
 
-CHAIN = ("index", "proxy", "curate", "router", "tokenizer", "generator", "evaluate")
+CHAIN = ("index", "proxy", "curate", "router", "tokenizer", "tokens", "generator", "generate", "evaluate")
 """Every stage, in the order in which they run: the module ``evatok.stages.<name>`` holds its ``STAGE``."""
 
 
@@ -63,6 +63,12 @@ def experiment_type() -> type[Experiment]:
             if error.name != f"evatok.stages.{name}":
                 raise
     return create_model("ExperimentFile", __base__=Experiment, __module__=__name__, **sections)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ExperimentFile":  # where pickle looks for the type of an experiment
+        return experiment_type()
+    raise AttributeError(name)
 
 
 def _stage(name: str) -> Stage:

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -164,15 +165,38 @@ def test_fingerprint_depends_on_everything_that_decides_the_result():
     assert len({base, *(fingerprint(*other) for other in others)}) == 5
 
 
-def test_second_driver_is_refused_and_the_first_is_named(location: Location):
+@pytest.fixture
+def short_lease(monkeypatch):
+    monkeypatch.setattr("evatok.artifacts.LEASE_SECONDS", 0.8)
+
+
+def test_second_driver_is_refused_and_the_first_is_named(location: Location, short_lease):
     with (
-        exclusive(location, wait=0.2),
+        exclusive(location),
         pytest.raises(UserError, match="in use by process"),
-        exclusive(location, wait=0.2),
+        exclusive(location),
     ):
         pass
-    with exclusive(location, wait=0.2):
+    with exclusive(location):
         pass
+
+
+def test_second_driver_with_patience_waits_for_the_first(location: Location, short_lease):
+    with exclusive(location):
+        code = (
+            "import sys; from evatok.artifacts import *\n"
+            "print('waiting', flush=True)\n"
+            "with exclusive(Location.parse(sys.argv[1]), patience=60): print('got it')"
+        )
+        if location.local() is None:
+            pytest.skip("another process cannot see this file system")
+        second = subprocess.Popen(
+            [sys.executable, "-c", code, location.uri], stdout=subprocess.PIPE, text=True
+        )
+        assert second.stdout.readline() == "waiting\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(0.5)
+    assert second.communicate(timeout=60)[0] == "got it\n"
 
 
 def test_lock_of_a_killed_driver_is_free_at_once(tmp_path: Path):
@@ -186,9 +210,10 @@ def test_lock_of_a_killed_driver_is_free_at_once(tmp_path: Path):
         pass
 
 
-def test_lease_of_a_dead_driver_lapses(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("evatok.artifacts.LEASE_SECONDS", 0.5)
+def test_lease_of_a_dead_driver_lapses(short_lease):
     location = Location.parse(f"memory://{uuid.uuid4().hex}/run")
-    location.write_json("lease.json", {"id": "dead", "holder": "process 1 on gone", "until": 0.0})
-    with exclusive(location, wait=2):
+    until = time.time() + 0.5
+    location.write_json("lease.json", {"id": "dead", "holder": "process 1 on gone", "until": until})
+    with exclusive(location):
+        assert time.time() > until
         assert location.read_json("lease.json")["id"] != "dead"

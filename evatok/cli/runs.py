@@ -1,4 +1,4 @@
-"""The commands that work on runs: run, plan, status, index, report, tune, bench."""
+"""The commands that work on runs: run, plan, status, index, eval, report, tune; and bench."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import importlib
 import pkgutil
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_type_hints
 
 from evatok.cli.console import Console, duration
 from evatok.errors import UserError
@@ -103,6 +103,21 @@ def status(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"run": experiment.location.uri, "stages": stages}
 
 
+def evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from evatok import experiment as experiments
+
+    experiment = experiments.open_experiment(args.experiment, args.overrides)
+    console.run = experiment.location
+    result = experiments.run(experiment, console, until="evaluate", address=args.address)
+    console.end()
+    summary = experiment.location.read_json("evaluate/summary.json")
+    summary.pop("headline", None)
+    for name, figures in summary["policies"].items():
+        console.show(f"{name:<20} {', '.join(f'{key} {_figure(value)}' for key, value in figures.items())}")
+    console.show(f"report: {result.report}")
+    return dict(summary)
+
+
 def report(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from evatok import experiment as experiments
     from evatok.report.page import write_report
@@ -128,28 +143,38 @@ def tune(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         figures = ", ".join(f"{name} {_figure(value)}" for name, value in trial.metrics.items())
         console.show(f"{trial.name} {trial.state:<8} {settings}: {figures}")
     console.show(f"best: {', '.join(result.best)}; to run it whole: evatok run {result.export}")
+    console.show(f"report: {result.report}")
     return {
         "sweep": sweep.location.uri,
         "trials": [asdict(trial) for trial in result.trials],
         "best": list(result.best),
         "export": result.export,
+        "report": result.report,
     }
 
 
 def bench(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import evatok.benchmarks
-    from evatok.config import parse
 
     names = [module.name for module in pkgutil.iter_modules(evatok.benchmarks.__path__)]
     if args.name is None:
         console.show("\n".join(names))
         return {"benchmarks": names}
+    if args.name == "all":
+        return {name: _measure(name, args.overrides, console) for name in names}
     if args.name not in names:
-        raise UserError(f"bench {args.name}: no such benchmark. There are: {', '.join(names)}.")
-    module = importlib.import_module(f"evatok.benchmarks.{args.name}")
-    figures = module.run(parse("{}", module.Settings, f"bench {args.name}", args.overrides))
-    for name, value in figures.items():
-        console.show(f"{name}: {_figure(value)}")
+        raise UserError(f"bench {args.name}: no such benchmark. There are: all, {', '.join(names)}.")
+    return _measure(args.name, args.overrides, console)
+
+
+def _measure(name: str, overrides: list[str], console: Console) -> dict[str, Any]:
+    from evatok.config import parse
+
+    module = importlib.import_module(f"evatok.benchmarks.{name}")
+    (settings,) = (kind for key, kind in get_type_hints(module.run).items() if key != "return")
+    figures = module.run(parse("{}", settings, f"bench {name}", overrides))
+    for key, value in figures.items():
+        console.show(f"{name} {key}: {_figure(value)}")
     return dict(figures)
 
 

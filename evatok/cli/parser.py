@@ -1,0 +1,146 @@
+"""The commands and their options. Each command names the function that carries it out."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from evatok import __version__
+
+_STAGES = "stages [{name, skipped, seconds, metrics}]"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Parsed arguments have ``command`` ("module of evatok.cli:function"), ``json`` and the options."""
+    main = argparse.ArgumentParser(prog="evatok", description="Adaptive-length video tokenizers on Ray.")
+    main.add_argument("--version", action="version", version=f"evatok {__version__}")
+    commands = main.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, function: str, about: str, keys: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=f"With --json the last line of stdout is one JSON object: {keys}.",
+        )
+        added.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+        added.set_defaults(command=function)
+        return added
+
+    run = command("run", "runs:run", "run an experiment's stages", f"{{run, report, {_STAGES}}}")
+    _experiment(run)
+    _address(run)
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    run.add_argument(
+        "--redo", metavar="STAGE", help="delete this stage's result and what depends on it first"
+    )
+
+    plan = command(
+        "plan",
+        "runs:plan",
+        "show what a run would do, and start nothing",
+        "{run, stages [{name, done, state, drift, inputs, outputs, models {name: {parameters}}, compute}]}",
+    )
+    _experiment(plan)
+
+    status = command(
+        "status",
+        "runs:status",
+        "show how far a run is",
+        "{run, stages [{name, state, step, seconds, metrics}]}",
+    )
+    _experiment(status)
+
+    index = command("index", "runs:index", "index an experiment's videos", f"{{run, report, {_STAGES}}}")
+    _experiment(index)
+    _address(index)
+
+    evaluate = command(
+        "eval",
+        "runs:evaluate",
+        "evaluate a run's tokenizers and policies on held-out clips",
+        "{policies {name: {reward_percentile, mean_tokens, lpips, psnr, token_saving_vs_uniform {value, low, "
+        "high}, token_saving_vs_static {...}}}, clips, metric}",
+    )
+    _experiment(evaluate)
+    _address(evaluate)
+
+    report = command("report", "runs:report", "write a run's HTML report", "{run, report}")
+    _experiment(report)
+
+    tune = command(
+        "tune",
+        "runs:tune",
+        "search over an experiment's settings",
+        "{sweep, report, trials [{name, settings, metrics, state}], best [name], export}",
+    )
+    tune.add_argument("sweep", metavar="SWEEP", help="sweep file (*.yaml)")
+    _overrides(tune)
+    _address(tune)
+
+    generate = command(
+        "generate",
+        "generate:command",
+        "sample videos from a run's generator",
+        "{output, grid, clips [{file, tokens_file, class, seed, tokens, assignment}]}",
+    )
+    _generate(generate)
+
+    weights = command(
+        "weights", "weights:command", "list or fetch pretrained weights", "{weights [{name, path}]}"
+    )
+    weights.add_argument(
+        "names", metavar="NAME", nargs="*", help="which to fetch; without it, they are listed"
+    )
+
+    bench = command("bench", "runs:bench", "measure this machine", "the benchmark's figures")
+    bench.add_argument("name", metavar="NAME", nargs="?", help="which benchmark, or all; without it, a list")
+    _overrides(bench)
+    return main
+
+
+def _experiment(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "experiment", metavar="EXPERIMENT", help="experiment file (*.yaml) or a run's folder"
+    )
+    _overrides(command)
+
+
+def _overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change one setting (dotted key, value as in YAML); may be given again",
+    )
+
+
+def _address(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--address", help="Ray cluster (HOST:PORT); else RAY_ADDRESS, else a local Ray")
+
+
+def _generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("experiment", metavar="RUN", help="experiment file (*.yaml) or a run's folder")
+    options: dict[str, dict[str, Any]] = {
+        "--class": {
+            "action": "append",
+            "dest": "classes",
+            "help": "class name or number; may be given again",
+        },
+        "--count": {"type": int, "default": 4, "help": "clips in all"},
+        "--seed": {"type": int, "default": 0},
+        "--guidance": {"type": float, "help": "classifier-free guidance scale"},
+        "--temperature": {"type": float},
+        "--top-k": {"type": int},
+        "--top-p": {"type": float},
+        "--budget": {"type": int, "metavar": "TOKENS", "help": "most tokens of a clip"},
+        "--assignment": {"metavar": "A,B,C,D", "help": "token count of each block; 0: the generator chooses"},
+        "--frames": {"metavar": "FILE", "help": "video or token file to go on from"},
+        "--keep": {"type": int, "default": 1, "metavar": "BLOCKS", "help": "blocks of a token file to keep"},
+        "--output": {"metavar": "FOLDER", "help": "where the clips go"},
+        "--format": {"choices": ("mp4", "gif"), "default": "mp4"},
+    }
+    for name, option in options.items():
+        command.add_argument(name, **option)

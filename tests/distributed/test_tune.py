@@ -1,0 +1,128 @@
+"""Searching with Ray Tune: every trial once, bad ones stopped early, interrupted searches go on."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from pydantic import ValidationError
+
+from evatok.distributed.tune import Asha, Finished, Parameter, search
+
+SPACE = {"x": Parameter(uniform=(0.0, 1.0)), "shape": Parameter(choice=([1, 2], [3]))}
+
+
+def quadratic(folder: Path):
+    """A trial that leaves a file behind, so that the test can count what ran."""
+
+    def trial(values, report):
+        with open(f"{folder}/{values['x']}", "a") as file:
+            file.write("ran\n")
+        for step in range(1, 4):
+            report(step, {"loss": (values["x"] - 0.3) ** 2 + 1 / step})
+        return {"loss": (values["x"] - 0.3) ** 2, "tokens": 100 * values["x"] + len(values["shape"])}
+
+    return trial
+
+
+def run(
+    trial, objectives, *, finished=(), unfinished=(), trials=4, searcher="random", scheduler=None, seed=1
+):
+    ends: list[Finished] = []
+    search(
+        trial,
+        SPACE,
+        objectives,
+        trials=trials,
+        finished=finished,
+        unfinished=unfinished,
+        searcher=searcher,
+        scheduler=scheduler,
+        seed=seed,
+        cpus=1,
+        gpus=0,
+        concurrency=2,
+        on_progress=lambda over: None,
+        on_end=ends.append,
+    )
+    return ends
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_interrupted_search_runs_only_what_is_missing(ray_cluster, tmp_path, searcher):
+    first = run(quadratic(tmp_path), {"loss": "min"}, trials=1, searcher=searcher)
+    assert [one.state for one in first] == ["done"]
+    assert all(one.metrics["tokens"] == 100 * one.values["x"] + len(one.values["shape"]) for one in first)
+    begun = {"x": 0.123, "shape": [3]}
+    second = run(quadratic(tmp_path), {"loss": "min"}, finished=first, unfinished=[begun], searcher=searcher)
+    assert len(second) == 2
+    assert begun in [one.values for one in second]
+    assert len(list(tmp_path.iterdir())) == 3
+    assert all(path.read_text() == "ran\n" for path in tmp_path.iterdir())
+    assert (
+        run(quadratic(tmp_path), {"loss": "min"}, trials=3, finished=first + second, searcher=searcher) == []
+    )
+
+
+def test_several_objectives_reach_the_searcher(ray_cluster, tmp_path):
+    ends = run(quadratic(tmp_path), {"loss": "min", "tokens": "min"}, searcher="optuna", trials=2)
+    assert len(ends) == 2
+    assert all({"loss", "tokens"} <= set(one.metrics) for one in ends)
+
+
+def test_trial_that_falls_behind_is_stopped_and_its_cpu_is_free(ray_cluster, tmp_path):
+    def trial(values, report):
+        worse = values["x"]
+        for step in range(1, 30):
+            report(step, {"loss": worse})
+            time.sleep(0.01 if worse < 0.5 else 0.2)
+        return {"loss": worse}
+
+    ends = run(trial, {"loss": "min"}, trials=4, scheduler=Asha(grace=2, factor=2))
+    states = {one.state for one in ends}
+    assert states == {"done", "stopped"}
+    best = min(ends, key=lambda one: one.values["x"])
+    assert best.state == "done"
+    assert all(one.metrics["loss"] == one.values["x"] for one in ends)
+    for _ in range(100):
+        if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            return
+        time.sleep(0.1)
+    pytest.fail("a stopped trial kept its CPU")
+
+
+def test_failing_trial_does_not_end_the_search(ray_cluster, tmp_path):
+    def trial(values, report):
+        if values["shape"] == [3]:
+            raise ValueError("no")
+        return {"loss": values["x"]}
+
+    ends = run(trial, {"loss": "min"}, trials=3, seed=0)
+    assert {one.state for one in ends} == {"done", "failed"}
+    assert all((one.state == "failed") == (one.values["shape"] == [3]) for one in ends)
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({}, "exactly one"),
+        ({"choice": [1], "uniform": [0, 1]}, "exactly one"),
+        ({"uniform": [1, 0]}, "below the upper"),
+        ({"loguniform": [0, 1]}, "above 0"),
+        ({"choice": []}, "at least 1"),
+        ({"integer": [0.5, 2]}, "integer"),
+    ],
+)
+def test_range_that_makes_no_sense_is_refused(given, part):
+    with pytest.raises(ValidationError, match=part):
+        Parameter(**given)
+
+
+def test_draws_stay_in_range_and_follow_the_seed():
+    log, whole = Parameter(loguniform=(1e-5, 1e-2)), Parameter(integer=(1, 3))
+    draws = [log.draw(random.Random(seed)) for seed in range(200)]
+    assert all(1e-5 <= draw <= 1e-2 for draw in draws)
+    assert sum(draw < 10**-3.5 for draw in draws) in range(70, 130)
+    assert {whole.draw(random.Random(seed)) for seed in range(50)} == {1, 2, 3}
+    assert log.draw(random.Random(5)) == log.draw(random.Random(5))
