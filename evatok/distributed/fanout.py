@@ -181,14 +181,11 @@ def fan_out(
                     schedule.lost(attempt)
                 elif record.storage_full:
                     raise FanOutError(_full(target, record, len(records), len(shards)))
+                elif record.failure and schedule.failed(attempt):
+                    log.warning("shard %s failed, trying again: %s", record.name, _last_line(record.failure))
                 elif record.failure:
-                    if schedule.failed(attempt):
-                        log.warning(
-                            "shard %s failed, trying again: %s", record.name, _last_line(record.failure)
-                        )
-                    elif attempt.shard.name not in schedule.finished:
-                        log.error("shard %s given up:\n%s", record.name, record.failure)
-                        failures[record.name] = record.failure
+                    log.error("shard %s given up:\n%s", record.name, record.failure)
+                    failures[record.name] = record.failure
                 elif schedule.done(attempt, record.seconds):
                     records.append(record)
                     for ref in [ref for ref, other in running.items() if other.shard is attempt.shard]:

@@ -133,7 +133,7 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     space = scorer.space
     rows = draw(scorer.index, config.clips, context)
-    parts = divide(len(rows), config.clips_per_task, config.least_tasks, space)
+    parts = divide(len(rows), *_task_sizes(context), space)
     split = any(part.prefix for part in parts)
 
     def report(progress: Progress) -> None:
@@ -142,7 +142,6 @@ def run(context: StageContext) -> dict[str, Any]:
             progress.total // space.size,
             "clips",
             assignments_per_second=progress.rate,
-            seconds_left=progress.left,
             retries=progress.retries,
             rejected=progress.rejected,
         )
@@ -174,6 +173,7 @@ def run(context: StageContext) -> dict[str, Any]:
         name: RewardStatistics.measure(_column(table, name, "train"), space) for name in config.metrics
     }
     write_statistics(context.location, statistics, space)
+    context.location.delete("parts")
     fresh = done.items - done.kept
     return {
         "clips": len(table),
@@ -201,6 +201,15 @@ def draw(index: ClipIndex, clips: CurateClips, context: StageContext) -> NDArray
     if not len(chosen[0]):
         raise UserError(f"{index.location.uri} has no clips of the split train: nothing to curate")
     return np.concatenate(chosen)
+
+
+def _task_sizes(context: StageContext) -> tuple[int, int]:
+    """``clips_per_task, least_tasks`` as they were when this stage began: finished shards fit no others."""
+    if not context.location.exists("tasks.json"):
+        config: CurateConfig = context.config
+        context.location.write_json("tasks.json", [config.clips_per_task, config.least_tasks])
+    per_task, least = context.location.read_json("tasks.json")
+    return per_task, least
 
 
 def divide(clips: int, per_task: int, least_tasks: int, space: AssignmentSpace) -> list[Part]:

@@ -180,6 +180,13 @@ def test_a_rerun_mends_a_damaged_shard_and_computes_nothing_else(curated, source
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_rerun_with_other_task_sizes_keeps_what_is_finished(curated, sources):
+    folder = curated[0].location.local() / "table"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    run(replace(curated[0], config=CONFIG.model_copy(update={"clips_per_task": 5})))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
 def test_few_clips_are_split_by_subtree_into_the_same_table(curated, sources, tmp_path):
     few = CONFIG.model_copy(
         update={"clips": CONFIG.clips.model_copy(update={"train": 5, "test": 1}), "least_tasks": 12}
