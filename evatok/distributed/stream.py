@@ -7,17 +7,22 @@ Whoever splits the dataset must ask for `preserve_order` without locality, as `e
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import ray
 import ray.data
 from numpy.typing import NDArray
 
 from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, decode_clip
+from evatok.video.guard import Guard
 from evatok.video.index import ClipIndex
-from evatok.video.order import ClipOrder
+from evatok.video.order import Order
 
 Columns = dict[str, NDArray[np.generic]]
 Fetch = Callable[[NDArray[np.int64], NDArray[np.int64]], Columns]
@@ -29,7 +34,7 @@ _NEIGHBOURS = 16  # clips in a row that may fail before the stream gives up
 
 
 def ordered_stream(
-    order: ClipOrder,
+    order: Order,
     fetch: Fetch,
     *,
     start: int,
@@ -58,7 +63,7 @@ def ordered_stream(
 
 def clip_stream(
     index: ClipIndex,
-    order: ClipOrder,
+    order: Order,
     clip_format: ClipFormat,
     *,
     start: int,
@@ -78,47 +83,56 @@ def clip_stream(
     """
     if order.clips != len(index):
         raise ValueError(f"an order of {order.clips} clips for an index of {len(index)}")
-    fetch = _ClipFetch(index, clip_format, seed, tuple(labels) if labels is not None else None, limits)
+    fetch = ClipFetch(index, clip_format, seed, tuple(labels) if labels is not None else None, limits)
     return ordered_stream(
         order, fetch, start=start, count=count, rows_per_block=rows_per_block, num_cpus=num_cpus
     )
 
 
-def _fetched(batch: Columns, order: ClipOrder, fetch: Fetch, start: int) -> Columns:
+def _fetched(batch: Columns, order: Order, fetch: Fetch, start: int) -> Columns:
     positions = np.asarray(batch["id"], np.int64) + start
     rows = order.rows(int(positions[0]), len(positions))
     return {**fetch(positions, rows), "position": positions}
 
 
 @dataclass(frozen=True)
-class _ClipFetch:
+class ClipFetch:
+    """Decodes the clips of a block. `labels`: their order gives the numbers of the column `label`."""
+
     index: ClipIndex
     clip_format: ClipFormat
     seed: int
-    labels: tuple[str, ...] | None
-    limits: MediaLimits | None
+    labels: tuple[str, ...] | None = None
+    limits: MediaLimits | None = None
+    decode: Callable[..., NDArray[np.uint8]] = decode_clip
 
     def __call__(self, positions: NDArray[np.int64], clips: NDArray[np.int64]) -> Columns:
         size, frames = self.clip_format.size, self.clip_format.frames
         pixels = np.empty((len(clips), 3, frames, size, size), np.uint8)
         used = self.index.take(clips).to_pylist()
         replaced = np.zeros(len(clips), bool)
-        for k, position in enumerate(positions):
-            for step in range(_NEIGHBOURS):
-                if step:
-                    successor = (clips[k] + step) % len(self.index)
-                    used[k] = self.index.take(np.asarray([successor])).to_pylist()[0]
-                    replaced[k] = True
-                try:
-                    pixels[k] = self._decoded(used[k]["uri"], used[k]["start"], used[k]["fps"], int(position))
-                    break
-                except DecodeError as error:
-                    log.warning("clip %s cannot be used: %s", used[k]["clip_id"], error)
-            else:
-                raise RuntimeError(
-                    f"{_NEIGHBOURS} clips in a row cannot be decoded, the last is {used[k]['uri']}. "
-                    "Was the data moved or deleted since it was indexed?"
-                )
+        bad = self.index.known_bad()
+        with self._decoder() as decode:
+            for k, position in enumerate(positions):
+                for step in range(_NEIGHBOURS):
+                    if step:
+                        successor = (clips[k] + step) % len(self.index)
+                        used[k] = self.index.take(np.asarray([successor])).to_pylist()[0]
+                        replaced[k] = True
+                    if used[k]["row"] in bad:
+                        continue
+                    try:
+                        pixels[k] = self._decoded(decode, used[k], int(position))
+                        break
+                    except DecodeError as error:
+                        log.warning("clip %s is replaced: %s", used[k]["clip_id"], error)
+                        if error.code in ("crash", "timeout"):
+                            self.index.report_bad(used[k], error)
+                else:
+                    raise RuntimeError(
+                        f"{_NEIGHBOURS} clips in a row cannot be decoded, the last is {used[k]['uri']}. "
+                        "Was the data moved or deleted since it was indexed?"
+                    )
         columns: Columns = {
             "clip": pixels,
             "row": np.asarray([clip["row"] for clip in used], np.int64),
@@ -129,7 +143,27 @@ class _ClipFetch:
             columns["label"] = np.asarray([places.get(clip["label"], -1) for clip in used], np.int64)
         return columns
 
-    def _decoded(self, uri: str, start: float, fps: float, position: int) -> NDArray[np.uint8]:
-        clip_format = self.clip_format.model_copy(update={"fps": fps})
+    @contextmanager
+    def _decoder(self) -> Iterator[Callable[..., NDArray[np.uint8]]]:
+        """The decoder; in a child process when an earlier attempt at this task took its process down.
+
+        Ray repeats such a task without limit. The child finds out which clip it was; only that one is lost.
+        """
+        if _attempt() == 0:
+            yield self.decode
+            return
+        with Guard((self.limits or MediaLimits()).time_limit) as guard:
+            yield functools.partial(guard, self.decode)
+
+    def _decoded(
+        self, decode: Callable[..., NDArray[np.uint8]], clip: dict[str, Any], position: int
+    ) -> NDArray[np.uint8]:
+        clip_format = self.clip_format.model_copy(update={"fps": clip["fps"]})
         draw = np.random.default_rng((self.seed % 2**64, position))
-        return decode_clip(uri, start, clip_format, draw, self.limits)
+        return decode(clip["uri"], clip["start"], clip_format, draw, self.limits)
+
+
+def _attempt() -> int:
+    """How often this task was started before, because its worker died."""
+    worker = ray._private.worker.global_worker
+    return int(worker.core_worker.get_current_task_attempt_number()) if worker.connected else 0

@@ -110,13 +110,15 @@ def probe(uri: str, limits: MediaLimits | None = None) -> VideoInfo:
         untimed = 0
         deadline = time.monotonic() + limits.time_limit
         first: av.VideoFrame | None = None
+        origin: int | None = None
         for packet in container.demux(stream):
             _check_deadline(deadline, uri, limits)
+            origin = packet.dts if origin is None else origin
             if first is None:
                 first = next(iter(packet.decode()), None)
             if not packet.size or packet.is_discard:
                 continue
-            tick = packet.dts if packet.pts is None or container.format.name == "avi" else packet.pts
+            tick = _tick(container, packet)
             if tick is None:
                 untimed += 1
             else:
@@ -128,7 +130,9 @@ def probe(uri: str, limits: MediaLimits | None = None) -> VideoInfo:
         if untimed:
             times = np.arange(len(ticks) + untimed, dtype=np.float64) / float(_nominal_rate(stream))
         else:
-            times = np.sort(np.asarray(ticks, np.float64)) * float(stream.time_base)
+            # In AVI a frame's time is when it leaves the decoder, which may be a few packets late.
+            late = first.dts - origin if container.format.name == "avi" and first.dts is not None else 0
+            times = (np.sort(np.asarray(ticks, np.float64)) + late) * float(stream.time_base)
         info = VideoInfo(*_displayed_size(first, stream), times, stream.codec_context.name)
         if info.end - float(times[0]) > limits.seconds:
             raise DecodeError("too_long", f"{uri}: longer than {limits.seconds:g} s")
@@ -299,6 +303,11 @@ def _source(uri: str) -> Iterator[str | IO[bytes]]:
         yield handle
 
 
+# Containers that keep an index of keyframes. In others a seek is a guess at a byte position, and the
+# timestamps after it may be guesses too.
+_INDEXED = ("mov,mp4", "matroska", "avi")
+
+
 class _SeekMissedError(Exception):
     """No seek landed at or before the wanted time: the file has to be read from its beginning."""
 
@@ -315,14 +324,13 @@ def _frames_near(
     A seek may land too late (leading frames of an open group of pictures cannot be shown, and some indexes
     are wrong) or on a keyframe that leans on earlier frames. Then it is tried again from further back.
     """
-    for back in (0.0, 1.0, 4.0, 16.0):
-        target = start - back
-        if stream.start_time is None or target < (stream.start_time + 1) * float(stream.time_base):
-            if back:
-                break
-            return None
+    if stream.start_time is None or start < (stream.start_time + 1) * float(stream.time_base):
+        return None
+    if not container.format.name.startswith(_INDEXED):
+        raise _SeekMissedError
+    for target in (start, start - 1, start - 4, start - 16):
         try:
-            container.seek(int(target / stream.time_base), stream=stream)
+            container.seek(max(stream.start_time, int(target / stream.time_base)), stream=stream)
         except av.FFmpegError:
             break
         frames = _frames(container, stream, uri, limits)
@@ -341,27 +349,24 @@ def _frames(
     """(time in seconds, frame) in order of presentation from where the container stands."""
     deadline = time.monotonic() + limits.time_limit
     base, interval = float(stream.time_base), 1 / float(_nominal_rate(stream))
-    # AVI stores decoding times alone; what libav puts in `pts` there is a guess that B-frames upset.
-    decoding_times = container.format.name == "avi"
-    origin: int | None = None
-    delay: int | None = None
     moment: float | None = None
     for packet in container.demux(stream):
         _check_deadline(deadline, uri, limits)
-        if origin is None:
-            origin = packet.dts
         for frame in packet.decode():
-            tick = frame.pts
-            if (tick is None or decoding_times) and frame.dts is not None and origin is not None:
-                # A frame leaves the decoder as late as the first one did.
-                delay = frame.dts - origin if delay is None else delay
-                tick = frame.dts - delay
-            elif decoding_times:
-                tick = None
-            if tick is None:
-                tick = 0 if moment is None else (moment + interval) / base
-            moment = tick * base
+            tick = _tick(container, frame)
+            guess = 0.0 if moment is None else moment + interval
+            moment = guess if tick is None else tick * base
             yield moment, frame
+
+
+def _tick(container: av.container.InputContainer, timed: av.VideoFrame | av.Packet) -> int | None:
+    """The presentation time of a frame or packet in ticks of its stream.
+
+    AVI stores decoding times alone, and what libav makes of them for B-frames is not always in order; there
+    the decoding time of the packet that brought a frame out is the better clock.
+    """
+    tick: int | None = timed.pts
+    return timed.dts if tick is None or container.format.name == "avi" else tick
 
 
 def _check_deadline(deadline: float, uri: str, limits: MediaLimits) -> None:

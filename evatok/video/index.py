@@ -6,9 +6,12 @@ selection is an array of row numbers.
 
 from __future__ import annotations
 
+import json
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +21,13 @@ from numpy.typing import NDArray
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
-from evatok.video.decode import ClipFormat, VideoInfo
+from evatok.video.decode import ClipFormat, DecodeError, VideoInfo
+from evatok.video.order import ClipOrder, MixedOrder, Order
 
 CLIPS = "clips.parquet"
 REJECTED = "rejected.parquet"
+BAD = "bad"  # notes about clips that turned out to be dangerous when they were decoded
+_SOURCES = b"evatok-sources"
 
 SCHEMA = pa.schema(
     [
@@ -43,6 +49,14 @@ REJECTED_SCHEMA = pa.schema([("uri", pa.string()), ("code", pa.string()), ("deta
 # A lookup of one clip reads one group: small groups keep that cheap, and 10 million rows are 2,442 of them.
 _ROWS_PER_GROUP = 4096
 _GROUPS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """`clips` rows of an index that come from one source, and how often its turn comes in the order."""
+
+    clips: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -111,11 +125,34 @@ class ClipIndex:
         """The distinct labels of the view in alphabetical order; a clip's label number is its place here."""
         return sorted(value for value in pc.unique(self.column("label")).to_pylist() if value is not None)
 
+    def order(self, seed: int) -> Order:
+        """The endless order of this view's clips; several sources are mixed by their weights."""
+        sources = _file(self.location.uri, self.version).sources
+        edges = np.cumsum([0, *(source.clips for source in sources)])
+        held = edges if self.selected is None else np.searchsorted(self.selected, edges)
+        parts = [(int(clips), source.weight) for clips, source in zip(np.diff(held), sources) if clips]
+        if len(parts) < 2:
+            return ClipOrder(len(self), seed)
+        return MixedOrder(tuple(clips for clips, _ in parts), tuple(weight for _, weight in parts), seed)
 
-def write_index(location: Location, clips: pa.Table, rejected: pa.Table) -> None:
-    """Publish both tables of an index, clips last."""
+    def known_bad(self) -> frozenset[int]:
+        """Rows of the whole index whose decoding took a process down or never ended, here or elsewhere."""
+        return frozenset(int(name.partition(".")[0]) for name in self.location.list(BAD))
+
+    def report_bad(self, clip: dict[str, Any], error: DecodeError) -> None:
+        """Note on storage that nobody should try this clip again."""
+        note = {"clip_id": clip["clip_id"], "uri": clip["uri"], "code": error.code, "detail": error.detail}
+        self.location.write_json(f"{BAD}/{clip['row']}.json", note)
+
+
+def write_index(
+    location: Location, clips: pa.Table, rejected: pa.Table, sources: Sequence[SourceShare] = ()
+) -> None:
+    """Publish both tables of an index, clips last. `sources`: of the rows, in their order, if several."""
+    location.delete(BAD)
     location.write_bytes(REJECTED, _parquet(rejected.cast(REJECTED_SCHEMA)))
-    location.write_bytes(CLIPS, _parquet(clips.cast(SCHEMA)))
+    shares = json.dumps([asdict(source) for source in sources])
+    location.write_bytes(CLIPS, _parquet(clips.cast(SCHEMA).replace_schema_metadata({_SOURCES: shares})))
 
 
 def clip_starts(info: VideoInfo, clip_format: ClipFormat, stride: int, limit: int | None) -> list[float]:
@@ -144,6 +181,7 @@ class _File:
 
     parquet: pq.ParquetFile
     edges: NDArray[np.int64]
+    sources: tuple[SourceShare, ...]
     lock: threading.Lock  # a reader is not for several threads at once
 
 
@@ -153,7 +191,9 @@ def _file(uri: str, version: int) -> _File:
     parquet = pq.ParquetFile(f"{location.path}/{CLIPS}", filesystem=location.fs)
     metadata = parquet.metadata
     lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return _File(parquet, np.cumsum([0, *lengths], dtype=np.int64), threading.Lock())
+    shares = json.loads((parquet.schema_arrow.metadata or {}).get(_SOURCES, b"[]"))
+    sources = tuple(SourceShare(**share) for share in shares)
+    return _File(parquet, np.cumsum([0, *lengths], dtype=np.int64), sources, threading.Lock())
 
 
 @lru_cache(maxsize=_GROUPS_KEPT)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 6
+_TURNS = 1000  # positions over which a mixture keeps its weights exactly
 _STRETCH = 1 << 16  # positions computed at once: small enough for the processor's cache
 
 
@@ -27,10 +28,13 @@ class ClipOrder:
 
     def rows(self, start: int, count: int) -> NDArray[np.int64]:
         """The rows at positions start, ..., start + count - 1: int64 [count]. May cross epochs."""
-        rows = np.empty(count, np.int64)
-        for low in range(0, count, _STRETCH):
-            high = min(low + _STRETCH, count)
-            rows[low:high] = self._permuted(np.arange(start + low, start + high, dtype=np.uint64))
+        return self.at(np.arange(start, start + count, dtype=np.int64))
+
+    def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows at any positions: int64 [n]."""
+        rows = np.empty(len(positions), np.int64)
+        for low in range(0, len(positions), _STRETCH):
+            rows[low : low + _STRETCH] = self._permuted(positions[low : low + _STRETCH].astype(np.uint64))
         return rows
 
     def _permuted(self, positions: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -54,6 +58,48 @@ class ClipOrder:
             high = (high + _mixed(low ^ keys + np.uint64(2 * number)) % height) % height
             low = (low + _mixed(high ^ keys + np.uint64(2 * number + 1)) % width) % width
         return high * width + low
+
+
+@dataclass(frozen=True)
+class MixedOrder:
+    """Several sources in one endless order, each in an order of its own, mixed by weight.
+
+    `parts`: clips of each source; its rows follow those of the source before. `weights`: how often a source's
+    turn comes, relative to the others, to a precision of 1 / 1000 of all turns. Every 1000 positions hold
+    each source equally often.
+    """
+
+    parts: tuple[int, ...]
+    weights: tuple[float, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.parts or len(self.parts) != len(self.weights) or min(self.weights) <= 0:
+            raise ValueError(f"one positive weight per source is needed, got {self.weights} for {self.parts}")
+
+    @property
+    def clips(self) -> int:
+        """All clips of all sources."""
+        return sum(self.parts)
+
+    def rows(self, start: int, count: int) -> NDArray[np.int64]:
+        """The rows at positions start, ..., start + count - 1: int64 [count]."""
+        edges = np.round(np.cumsum(self.weights) / sum(self.weights) * _TURNS).astype(np.int64)
+        firsts = np.concatenate([[0], edges[:-1]])
+        turns = ClipOrder(_TURNS, self.seed).rows(start, count)
+        sources = np.searchsorted(edges, turns, side="right")
+        period = np.arange(start, start + count) // _TURNS
+        rows = np.empty(count, np.int64)
+        offset = 0
+        for number, clips in enumerate(self.parts):
+            mine = np.flatnonzero(sources == number)
+            positions = period[mine] * (edges - firsts)[number] + turns[mine] - firsts[number]
+            rows[mine] = offset + ClipOrder(clips, self.seed + 1 + number).at(positions)
+            offset += clips
+        return rows
+
+
+Order = ClipOrder | MixedOrder
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

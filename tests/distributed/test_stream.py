@@ -1,0 +1,193 @@
+"""The stream gives the order's clips, whoever reads it, from wherever, whatever happens to its tasks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from evatok.artifacts import Location
+from evatok.video.decode import ClipFormat, decode_clip, probe
+from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
+from evatok.video.order import ClipOrder
+from evatok.video.synthetic import write_videos
+
+FORMAT = ClipFormat(frames=8, size=32)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> ClipIndex:
+    """36 clips of 9 videos."""
+    folder = tmp_path_factory.mktemp("stream")
+    rows = []
+    for video in write_videos(folder, 9, seed=0, blocks=8, size=32):
+        uri = str(folder / video.name)
+        for number, start in enumerate(clip_starts(probe(uri), FORMAT, stride=8, limit=None)):
+            rows.append(
+                {"clip_id": f"{video.name}#{number}", "uri": uri, "start": start, "fps": 0.0, "frames": 8}
+                | {"label": video.label, "split": "test" if number == 3 else "train"}
+            )
+    location = Location.parse(folder / "index")
+    write_index(location, pa.Table.from_pylist(rows, SCHEMA), REJECTED_SCHEMA.empty_table())
+    return ClipIndex.open(location)
+
+
+def stream(index, *, start, count, rows_per_block, clip_format=FORMAT, seed=0, **extra):
+    from evatok.distributed.stream import clip_stream
+
+    return clip_stream(
+        index,
+        index.order(seed),
+        clip_format,
+        start=start,
+        count=count,
+        rows_per_block=rows_per_block,
+        seed=seed,
+        num_cpus=0.5,
+        **extra,
+    )
+
+
+def batches(dataset, size) -> Iterator[dict[str, np.ndarray]]:
+    return dataset.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=0)
+
+
+def ranks_of(dataset, workers: int, size: int) -> list[list[dict[str, np.ndarray]]]:
+    """What each of several workers reads, all reading at once."""
+    shards = dataset.streaming_split(workers, equal=True)
+    read: list[list[dict[str, np.ndarray]]] = [[] for _ in shards]
+
+    def work(rank: int) -> None:
+        read[rank].extend(batches(shards[rank], size))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return read
+
+
+def test_rows_are_the_clips_of_the_order_from_any_position_on(ray_cluster, index):
+    train = index.select(split="train")
+    labels = train.labels()
+    varied = ClipFormat(frames=8, size=24, crop="random", flip=True)
+    dataset = stream(train, start=20, count=14, rows_per_block=4, clip_format=varied, seed=5, labels=labels)
+    rows = [row for batch in batches(dataset, 3) for row in zip(*batch.values())]
+    names = list(next(batches(dataset, 3)))
+    expected = train.take(ClipOrder(27, seed=5).rows(20, 14)).to_pylist()
+    assert len(rows) == 14
+    for position, (values, clip) in enumerate(zip(rows, expected), start=20):
+        row = dict(zip(names, values))
+        assert (row["position"], row["row"], row["replaced"]) == (position, clip["row"], False)
+        assert labels[row["label"]] == clip["label"]
+        draw = np.random.default_rng((5, position))
+        np.testing.assert_array_equal(row["clip"], decode_clip(clip["uri"], clip["start"], varied, draw))
+
+
+def test_steps_hold_the_same_clips_for_any_number_of_workers(ray_cluster, index):
+    global_batch, steps, start = 8, 6, 40
+    expected = index.take(index.order(0).rows(start, global_batch * steps))["row"].to_numpy()
+    for workers in (1, 2, 4):
+        share = global_batch // workers
+        dataset = stream(index, start=start, count=global_batch * steps, rows_per_block=share // 2)
+        read = ranks_of(dataset, workers, share)
+        for step in range(steps):
+            union = {
+                int(position): int(row)
+                for rank in read
+                for position, row in zip(rank[step]["position"], rank[step]["row"])
+            }
+            low = start + step * global_batch
+            assert sorted(union) == list(range(low, low + global_batch)), (workers, step)
+            assert [union[low + k] for k in range(global_batch)] == expected[
+                step * global_batch : (step + 1) * global_batch
+            ].tolist()
+
+
+def test_a_clip_that_cannot_be_decoded_is_replaced_by_its_successor(ray_cluster, index, tmp_path):
+    rows = index.take(np.arange(len(index))).drop_columns("row")
+    uris = rows["uri"].to_pylist()
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("no video")
+    uris[5] = uris[6] = str(broken)
+    location = Location.parse(tmp_path)
+    write_index(location, rows.set_column(1, "uri", pa.array(uris)), REJECTED_SCHEMA.empty_table())
+    damaged = ClipIndex.open(location)
+    seen = {
+        int(position): (int(row), bool(replaced))
+        for batch in batches(stream(damaged, start=0, count=36, rows_per_block=4), 4)
+        for position, row, replaced in zip(batch["position"], batch["row"], batch["replaced"])
+    }
+    for position, row in enumerate(damaged.order(0).rows(0, 36)):
+        assert seen[position] == ((7, True) if row in (5, 6) else (row, False))
+
+
+def test_a_clip_that_kills_its_decoder_is_found_out_named_and_left_alone(ray_cluster, index, tmp_path):
+    from evatok.distributed.stream import ClipFetch, ordered_stream
+
+    location = Location.parse(tmp_path)
+    rows = index.take(np.arange(len(index))).drop_columns("row")
+    write_index(location, rows, REJECTED_SCHEMA.empty_table())
+    mined = ClipIndex.open(location)
+    deadly = mined.take(np.asarray([11])).to_pylist()[0]
+    fetch = ClipFetch(mined, FORMAT, seed=0, decode=_Deadly(deadly["uri"], deadly["start"], str(tmp_path)))
+    dataset = ordered_stream(mined.order(0), fetch, start=0, count=72, rows_per_block=4, num_cpus=0.5)
+    seen = [
+        (int(position), int(row), bool(replaced))
+        for batch in batches(dataset, 4)
+        for position, row, replaced in zip(batch["position"], batch["row"], batch["replaced"])
+    ]
+    order = mined.order(0).rows(0, 72)
+    assert seen == [(k, 12, True) if row == 11 else (k, row, False) for k, row in enumerate(order)]
+    assert mined.known_bad() == {11}
+    note = location.read_json("bad/11.json")
+    assert (note["clip_id"], note["code"]) == (deadly["clip_id"], "crash")
+    # One process of a task and one child that found the clip out; at most as many again where two tasks of
+    # neighbouring epochs met the clip before it was known.
+    assert 2 <= len(list(tmp_path.glob("death-*"))) <= 4
+
+
+class _Deadly:
+    """Decodes, but dies of one clip as a broken codec would."""
+
+    def __init__(self, uri: str, start: float, diary: str) -> None:
+        self.clip, self.diary = (uri, start), diary
+
+    def __call__(self, uri, start, *rest):
+        if (uri, start) == self.clip:
+            open(f"{self.diary}/death-{os.getpid()}", "w").close()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return decode_clip(uri, start, *rest)
+
+
+def test_data_that_moved_away_ends_the_stream_with_a_reason(ray_cluster, index, tmp_path):
+    rows = index.take(np.arange(len(index))).drop_columns("row")
+    gone = pa.array([f"/gone/{k}.mp4" for k in range(len(index))])
+    location = Location.parse(tmp_path)
+    write_index(location, rows.set_column(1, "uri", gone), REJECTED_SCHEMA.empty_table())
+    with pytest.raises(Exception, match="moved or deleted"):
+        list(batches(stream(ClipIndex.open(location), start=0, count=4, rows_per_block=4), 4))
+
+
+def test_a_stream_leaves_the_settings_of_other_datasets_alone(ray_cluster, index):
+    import ray.data
+
+    dataset = stream(index, start=0, count=8, rows_per_block=4)
+    shared = ray.data.DataContext.get_current()
+    assert dataset.context.execution_options.preserve_order
+    assert dataset.context.execution_no_progress_timeout_s == -1
+    assert not shared.execution_options.preserve_order
+    assert shared.execution_no_progress_timeout_s != -1
+
+
+def test_an_order_for_another_index_is_refused(index):
+    from evatok.distributed.stream import clip_stream
+
+    with pytest.raises(ValueError, match="order of 3 clips"):
+        clip_stream(index, ClipOrder(3, 0), FORMAT, start=0, count=4, rows_per_block=4, seed=0)
