@@ -20,6 +20,7 @@ from evatok.models.blocks import (
 )
 from evatok.models.layers import QFormer, TransformerSize
 from evatok.models.packing import Packing
+from evatok.models.patches import Patch, centred, depatchify, patchify
 from evatok.models.pretrained import PretrainedModel
 from evatok.models.quantizers import QuantizerConfig, VqConfig, build_quantizer
 from evatok.models.queries import mean_over_cover, pool_levels
@@ -38,7 +39,7 @@ class TokenizerConfig(Config):
 
     frames: int = Field(16, gt=0, description="frames of a clip")
     size: int = Field(128, gt=0, description="height and width of a clip, pixels")
-    patch: tuple[int, int, int] = Field((4, 8, 8), description="frames, rows and columns of a patch")
+    patch: Patch = Field((4, 8, 8), description="frames, rows and columns of a patch")
     choices: tuple[int, ...] = Field((32, 64, 128, 256, 512), description="token choices of a block (4.1)")
     encoder: Size = Field(TransformerSize.preset("S"), description="preset name, or width, layers, heads")
     decoder: Size = Field(TransformerSize.preset("B"), description="preset name, or width, layers, heads")
@@ -263,19 +264,13 @@ class VideoTokenizer(PretrainedModel):
 
     def embed_patches(self, clips: Tensor) -> Tensor:
         """Patch embeddings ``[B, T, h, w, D]``, without position."""
-        depth, rows, columns = self.config.patch
-        pixels = clips / 255 if clips.dtype == torch.uint8 else clips
-        pixels = pixels.to(self.patch_embed.weight.dtype) - 0.5
-        pixels = pixels.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).unflatten(2, (-1, depth))  # type: ignore[no-untyped-call]
-        return self.patch_embed(pixels.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4))  # type: ignore[no-any-return]
+        pixels = patchify(centred(clips).to(self.patch_embed.weight.dtype), self.config.patch)
+        return self.patch_embed(pixels)  # type: ignore[no-any-return]
 
     def to_frames(self, features: Tensor) -> Tensor:
         """Pixels ``[B, C, t*P, H, W]`` around [0, 1] of decoder features ``[B, t, h*w, D]``."""
-        depth, rows, columns = self.config.patch
-        pixels = self.to_pixels(features).unflatten(-1, (3, depth, rows, columns))
-        pixels = pixels.unflatten(2, self.config.grid)  # [B, t, h, w, C, P, rows, columns]
-        pixels = pixels.permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3).float() + 0.5  # type: ignore[no-any-return]
+        values = self.to_pixels(features).unflatten(2, self.config.grid)
+        return depatchify(values, self.config.patch).float() + 0.5
 
     def _encode(self, clips: Tensor, packing: Packing) -> Tensor:
         """Inputs ``[N, dim]`` of the quantizer."""
