@@ -78,6 +78,22 @@ def parser() -> argparse.ArgumentParser:
     _overrides(tune)
     _address(tune)
 
+    submit = command(
+        "submit",
+        "cluster:submit",
+        "send an experiment to a cluster as a Ray job and follow its log",
+        "{job, run, status}",
+    )
+    _experiment(submit)
+    submit.add_argument(
+        "--address", metavar="URL", help="job server; else RAY_API_SERVER_ADDRESS, else port 8265 here"
+    )
+    submit.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    submit.add_argument(
+        "--redo", metavar="STAGE", help="delete this stage's result and what depends on it first"
+    )
+    submit.add_argument("--no-follow", action="store_true", help="start the job and return")
+
     generate = command(
         "generate",
         "generate:command",

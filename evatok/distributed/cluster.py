@@ -99,11 +99,7 @@ def _join(address: str) -> Cluster:
             f"{address} is the address of a job server. Use `evatok submit EXPERIMENT --address {address}`, "
             "or give `--address HOST:6379` on a machine of the cluster."
         )
-    if (
-        any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-        or _default_token().exists()
-    ):
-        _authenticate()
+    use_token()
     import ray
     from ray.exceptions import AuthenticationError
 
@@ -122,6 +118,13 @@ def _join(address: str) -> Cluster:
     except (ConnectionError, ValueError) as error:
         raise UserError(f"No Ray cluster answers at {address}: {error}") from error
     return _describe(local=False)
+
+
+def use_token() -> None:
+    """Send the token with every call if there is one: Ray itself does so only once it is told the mode."""
+    given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if given or (Path.home() / ".ray" / "auth_token").exists():
+        _authenticate()
 
 
 def inside_job() -> bool:
@@ -160,10 +163,6 @@ def _private_token() -> Path:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     return token
-
-
-def _default_token() -> Path:
-    return Path.home() / ".ray" / "auth_token"
 
 
 def _object_store_bytes() -> int:
