@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
 from evatok.artifacts import Artifact, Location
 from evatok.config import Config
+
+
+LABEL = "evatok-group"
+"""The Ray node label that names the group of a node (``cluster/``)."""
+
+
+class Groups(Config):
+    """Node groups for the kinds of work; a kind without one runs anywhere."""
+
+    decode: str | None = Field(default=None, description="decoding of clips")
+    train: str | None = Field(default=None, description="training workers")
+    curate: str | None = Field(default=None, description="curation and other fan-outs over models")
+
+    def selector(self, kind: Literal["decode", "train", "curate"]) -> dict[str, str] | None:
+        """The label selector for ``kind``, None where any node will do."""
+        group = getattr(self, kind)
+        return None if group is None else {LABEL: group}
 
 
 class Resources(Config):
@@ -24,6 +41,7 @@ class Resources(Config):
         default=1, gt=0, description="logical CPUs that each training worker holds"
     )
     use_gpu: bool = Field(default=False, description="one GPU per training worker and per curation task")
+    groups: Groups = Field(default=Groups(), description="on a cluster with labelled node groups")
 
 
 class Listener(Protocol):
