@@ -1,0 +1,1 @@
+"""Which blocks get how many tokens: the assignment space, its reward, its search and the policies."""
