@@ -1,0 +1,137 @@
+"""Router: predicts the best assignment of a clip in one pass, learned from the reward table (paper 3.3).
+
+Leaves ``model/`` for ``Router.from_pretrained`` and ``curves/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from evatok.assignment.table import RewardTable
+from evatok.config import OPERATIONAL, Config
+from evatok.models.layers import TransformerSize
+from evatok.models.router import Router, RouterConfig, RouterObjective
+from evatok.models.tokenizer import Size, TokenizerConfig
+from evatok.stages.curate import load_statistics
+from evatok.stages.stage import Description, Stage, StageContext
+from evatok.training.loop import TrainConfig
+from evatok.training.routing import RouterTask
+from evatok.video.decode import ClipFormat
+from evatok.video.index import ClipIndex
+from evatok.video.order import ClipOrder
+
+
+class RouterStageConfig(Config):
+    network: Size = Field(TransformerSize.preset("S"), description="preset name, or width, layers, heads")
+    patch: tuple[int, int, int] | None = Field(
+        None, description="frames, rows, columns; default: the proxy's"
+    )
+    head: Literal["classes", "factorised"] = Field(
+        "classes", description="one class per assignment (paper 3.3), or one choice after the other"
+    )
+    conditioned: bool = Field(False, description="takes the reward weight w_q as a second input")
+    objective: RouterObjective = RouterObjective()
+    train: TrainConfig
+    held_out: Annotated[int, OPERATIONAL] = Field(
+        1024, ge=0, description="curated clips of the test split that the router is measured on"
+    )
+
+    def model(self, proxy: TokenizerConfig) -> RouterConfig:
+        """The router for this proxy's clips and assignments."""
+        return RouterConfig(
+            frames=proxy.frames,
+            size=proxy.size,
+            patch=self.patch or proxy.patch,
+            choices=proxy.choices,
+            network=self.network,
+            head=self.head,
+            conditioned=self.conditioned,
+        )
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train on the curated training clips; returns the last metrics, held-out ones where there are any."""
+    from evatok.distributed.stream import clip_stream
+    from evatok.distributed.train import fit
+
+    config: RouterStageConfig = context.config
+    reward = context.experiment.curate.reward
+    proxy = context.experiment.proxy.model
+    curated = context.inputs["curate"].location
+    table = RewardTable.open(curated / "table")
+    index = ClipIndex.open(context.inputs["index"].location)
+    clips = _clips(index, table, "train")
+    held_out = _clips(index, table, "test")
+    form = ClipFormat(frames=proxy.frames, size=proxy.size)
+    workers = context.resources.workers
+    shown = min(config.held_out, len(held_out)) // max(1, workers) * max(1, workers)
+    return fit(
+        RouterTask(
+            router=config.model(proxy),
+            objective=config.objective,
+            table=curated / "table",
+            metric=reward.quality,
+            weights=reward.weights,
+            statistics=load_statistics(curated, reward.quality),
+            seed=context.seed,
+        ),
+        config.train,
+        partial(clip_stream, clips, ClipOrder(len(clips), context.seed), form, seed=context.seed),
+        location=context.location,
+        run_id=context.run_id,
+        seed=context.seed,
+        workers=workers,
+        cpus_per_worker=context.resources.cpus_per_worker,
+        use_gpu=context.resources.use_gpu,
+        evaluation=partial(
+            clip_stream,
+            held_out,
+            ClipOrder(len(held_out), 0),
+            form,
+            seed=0,
+            start=0,
+            count=shown,
+            rows_per_block=1,
+        )
+        if shown and config.train.eval_every
+        else None,
+        listener=lambda done, total, figures: context.progress(done, total, "steps", **figures),
+    )
+
+
+def _clips(index: ClipIndex, table: RewardTable, split: str) -> ClipIndex:
+    """The clips of ``split`` that were curated."""
+    return replace(index, selected=table.select(split).load([]).row.numpy())
+
+
+def _check(config: RouterStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
+    for key, problem in config.train.problems(max(1, experiment.resources.workers)):
+        yield f"router.train.{key}", problem
+    try:
+        config.model(experiment.proxy.model)
+    except ValueError as error:
+        yield "router.patch", str(error)
+
+
+def _describe(config: RouterStageConfig, experiment: Any) -> Description:
+    with torch.device("meta"):
+        model = Router(config.model(experiment.proxy.model))
+    return Description(models={"router": sum(parameter.numel() for parameter in model.parameters())})
+
+
+STAGE = Stage(
+    name="router",
+    config=RouterStageConfig,
+    run=run,
+    inputs=("index", "proxy", "curate"),
+    reads=("curate.reward",),
+    outputs=("model/", "curves/"),
+    check=_check,
+    describe=_describe,
+)

@@ -1,0 +1,78 @@
+"""Tokenizer: the final adaptive tokenizer, trained from scratch under a policy's assignments (paper 3.4).
+
+Leaves ``model/`` for ``VideoTokenizer.from_pretrained`` and ``curves/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from evatok.assignment.policies import Policy, RouterPolicy, Sources
+from evatok.stages.reconstruction import TokenizerTraining, describe_tokenizer, train_tokenizer
+from evatok.stages.sources import policy_sources
+from evatok.stages.stage import Stage, StageContext
+from evatok.training.reconstruction import Assigner
+
+
+class TokenizerStageConfig(TokenizerTraining):
+    policy: Policy = Field(RouterPolicy(), description="what assigns tokens to every training clip")
+
+
+@dataclass(frozen=True)
+class PolicyAssignments:
+    """Assigns as ``policy`` does; travels to the workers with everything the policy draws on."""
+
+    policy: Policy
+    sources: Sources
+
+    def __call__(self, device: torch.device) -> Assigner:
+        networks = (self.sources.tokenizer, self.sources.router, self.sources.metric)
+        for network in networks:
+            if network is not None:
+                network.to(device).eval().requires_grad_(False)
+        assign = self.policy.bind(self.sources)
+
+        def without_gradients(clips: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return assign(clips, positions)
+
+        return without_gradients
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train under the policy's assignments; returns the last metrics."""
+    config: TokenizerStageConfig = context.config
+    sources = policy_sources(context.inputs, context.experiment.curate.reward)
+    return train_tokenizer(context, config, PolicyAssignments(config.policy, sources))
+
+
+def _check(config: TokenizerStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
+    for key, problem in config.problems(experiment.resources.workers):
+        yield f"tokenizer.{key}", problem
+    if experiment.proxy is None:
+        return
+    proxy = experiment.proxy.model
+    for key in ("frames", "size", "choices", "blocks"):
+        if getattr(config.model, key) != getattr(proxy, key):
+            yield (
+                f"tokenizer.model.{key}",
+                f"is {getattr(config.model, key)}, but the proxy, for which assignments are chosen, has"
+                f" {getattr(proxy, key)}",
+            )
+
+
+STAGE = Stage(
+    name="tokenizer",
+    config=TokenizerStageConfig,
+    run=run,
+    inputs=("index", "proxy", "curate", "router"),
+    reads=("curate.reward",),
+    outputs=("model/", "curves/"),
+    check=_check,
+    describe=describe_tokenizer,
+)
