@@ -11,7 +11,6 @@ from pydantic import Field
 from evatok.artifacts import Artifact, Location
 from evatok.config import Config
 
-
 LABEL = "evatok-group"
 """The Ray node label that names the group of a node (``cluster/``)."""
 
