@@ -169,6 +169,11 @@ class Generator(PretrainedModel):
 
     def forward(self, batch: PackedSequences) -> Tensor:
         """Logits ``[N, predicted]`` of every packed place; cost follows the tokens there are."""
+        logits: Tensor = self.head(self.features(batch))
+        return logits
+
+    def features(self, batch: PackedSequences) -> Tensor:
+        """What the head reads, ``[N, width]``."""
         lengths = batch.lengths.tolist()
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -177,8 +182,8 @@ class Generator(PretrainedModel):
         x, rotation = self._embed(batch.tokens, batch.positions)
         for layer in self.layers:
             x = layer(x, rotation, attend)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        normed: Tensor = self.norm(x)
+        return normed
 
     def step(self, tokens: Tensor, positions: Tensor, cache: SlotCache, keys: int) -> Tensor:
         """Logits ``[S, predicted]`` after new tokens, with everything before them in the cache.

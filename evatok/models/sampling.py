@@ -57,7 +57,9 @@ class Requests:
         return len(self.labels)
 
     @classmethod
-    def predicting(cls, config: GeneratorConfig, condition: Tensor, seeds: Tensor) -> "Requests":
+    def predicting(
+        cls, config: GeneratorConfig, condition: Tensor, seeds: Tensor, budget: int | None = None
+    ) -> "Requests":
         """Clips that go on from given frames, codes ``[N, P]``.
 
         The blocks that the frames fill are not sampled again: the tokenizer is causal, so their codes in the
@@ -66,7 +68,11 @@ class Requests:
         known = config.condition[: config.known_blocks]
         given = Tokens(condition[:, : sum(known)].flatten(), torch.tensor(known).repeat(len(condition), 1))
         return cls(
-            torch.full_like(seeds, NO_CLASS), seeds, condition=condition, given=given if known else None
+            torch.full_like(seeds, NO_CLASS),
+            seeds,
+            budget=budget,
+            condition=condition,
+            given=given if known else None,
         )
 
 
@@ -218,9 +224,9 @@ class Stepper:
         positions = torch.arange(history.shape[1], device=history.device).expand_as(history)
         known = positions <= places[:, None]
         tokens, lengths = history[known], places + 1
-        logits = self.generator(PackedSequences(tokens, tokens, positions[known], lengths))
-        last: Tensor = logits[lengths.cumsum(0) - 1]
-        return last
+        features = self.generator.features(PackedSequences(tokens, tokens, positions[known], lengths))
+        logits: Tensor = self.generator.head(features[lengths.cumsum(0) - 1])
+        return logits
 
     def _without_class(self, tokens: Tensor) -> Tensor:
         return torch.cat((torch.full_like(tokens[:, :1], self.generator.vocabulary.null), tokens[:, 1:]), 1)
@@ -256,23 +262,29 @@ def draw(logits: Tensor, seeds: Tensor, places: Tensor, config: SamplingConfig) 
         probabilities = ordered.softmax(-1)
         beyond = probabilities.cumsum(-1) - probabilities >= config.top_p
         logits = logits.masked_fill(torch.empty_like(beyond).scatter_(-1, order, beyond), -torch.inf)
-    noise = -torch.log(-torch.log(uniform(seeds, places, logits.shape[-1])))
-    return (logits + noise).argmax(-1)
+    noise = uniform(seeds, places, logits.shape[-1]).log_().neg_().log_()
+    return (logits - noise).argmax(-1)
 
 
 def uniform(seeds: Tensor, places: Tensor, count: int) -> Tensor:
     """float32 ``[S, count]`` in (0, 1): a pure function of int64 seed ``[S]`` and place ``[S]``.
 
-    Counter-based, so that it needs no generator state and is the same on every device.
+    Counter-based, so that it needs no generator's state and is the same on every device. The products wrap
+    as those of unsigned integers do.
     """
-    keys = _mix(_mix(seeds) + places)
-    counters = torch.arange(1, count + 1, device=seeds.device) * -0x61C8864680B583EB
-    bits = (_mix(keys[:, None] + counters) >> 41) & 0x7FFFFF
-    return (bits + 0.5).float() * 2.0**-23
+    keys = _mix(_mix(seeds) + places).to(torch.int32)
+    # A 32-bit finaliser (the constants are from Wellons' search for low bias) halves the memory traffic.
+    x = keys[:, None] + torch.arange(1, count + 1, dtype=torch.int32, device=seeds.device) * -0x61C88647
+    x ^= (x >> 16) & 0xFFFF
+    x *= 0x7FEB352D
+    x ^= (x >> 15) & 0x1FFFF
+    x *= -0x7B935975
+    x ^= (x >> 16) & 0xFFFF
+    return ((x >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele et al. 2014) on int64, whose products wrap as unsigned ones do."""
+    """The finaliser of SplitMix64 (Steele et al. 2014) on int64."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
