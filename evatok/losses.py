@@ -12,13 +12,18 @@ from torch import Tensor, distributed, nn
 from evatok.config import Config
 from evatok.metrics.perceptual import Lpips, Network
 from evatok.metrics.pixels import Dssim
+from evatok.models.discriminators import AdversaryConfig, TransformerAdversaryConfig
+from evatok.models.teachers import TeacherConfig
 
 Perceptual = Literal["lpips-vgg", "lpips-alex", "lpips-squeeze", "dssim", "none"]
 _SMALLEST_SCALE = 16
 
 
 class LossConfig(Config):
-    """Weights of the terms. The paper states L1, the perceptual family, 0.7 and 0.02 (the quantizer's)."""
+    """Weights of the terms; a term of weight 0 costs nothing.
+
+    The paper states L1, the perceptual family, 0.7 for the alignment, and the quantizer's 0.02.
+    """
 
     l1: float = Field(1.0, ge=0, description="weight of the mean absolute error (LARP)")
     perceptual: float = Field(1.0, ge=0, description="weight of the perceptual term (LARP, GigaTok)")
@@ -28,7 +33,9 @@ class LossConfig(Config):
     )
     adversarial: float = Field(0.3, ge=0, description="weight of the generator's adversarial term (LARP)")
     lecam: float = Field(0.001, ge=0, description="weight of LeCam in the discriminator's loss (LARP)")
+    adversary: AdversaryConfig = TransformerAdversaryConfig()
     alignment: float = Field(0.7, ge=0, description="lambda, weight of the alignment term (paper 3.1)")
+    teacher: TeacherConfig = TeacherConfig()
 
 
 class PerceptualLoss(nn.Module):

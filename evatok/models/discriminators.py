@@ -16,24 +16,24 @@ from evatok.models.augment import augment
 from evatok.models.layers import TransformerSize
 from evatok.models.patches import Patch, centred, patchify
 from evatok.models.teachers import load_videomae, standardised
-from evatok.models.tokenizer import Size
+from evatok.models.tokenizer import Size, TokenizerConfig
 
 _LARP_SIZE = TransformerSize(width=512, layers=12, heads=8)
 _VIRTUAL_BATCH = 8
 
 
-class AdversaryConfig(Config):
+class _Learning(Config):
     """When and how fast an adversary learns."""
 
     start: int = Field(0, ge=0, description="step from which the tokenizer sees the adversarial term (LARP)")
-    period: int = Field(5, gt=0, description="the adversary learns at every period-th step (LARP)")
+    every: int = Field(5, gt=0, description="steps of the tokenizer per step of the adversary (LARP)")
     rate: float = Field(0.3, gt=0, description="its learning rate as a share of the tokenizer's (LARP)")
 
 
-class PatchAdversaryConfig(AdversaryConfig):
+class TransformerAdversaryConfig(_Learning):
     """Transformer discriminator "as in LARP" (paper 3.1)."""
 
-    kind: Literal["patch"] = "patch"
+    kind: Literal["transformer"] = "transformer"
     patch: Patch = Field((4, 8, 8), description="frames, rows and columns of a patch (LARP)")
     network: Size = Field(_LARP_SIZE, description="preset name, or width, layers, heads (LARP's script)")
     logits: Literal["patch", "cls"] = Field(
@@ -41,8 +41,8 @@ class PatchAdversaryConfig(AdversaryConfig):
     )
 
 
-class VideoMaeAdversaryConfig(AdversaryConfig):
-    """Frozen VideoMAE-B features under trained heads (paper 3.4, I.2); replaces the patch adversary."""
+class VideoMaeAdversaryConfig(_Learning):
+    """Frozen VideoMAE-B features under trained heads (paper 3.4, I.2); replaces the transformer."""
 
     kind: Literal["videomae"] = "videomae"
     source: str = Field("MCG-NJU/videomae-base", description="Hub id or local folder of a VideoMAEModel")
@@ -53,13 +53,13 @@ class VideoMaeAdversaryConfig(AdversaryConfig):
     rate: float = Field(0.1, gt=0, description="its learning rate as a share of the tokenizer's (V-RAE)")
 
 
-Adversary = Annotated[PatchAdversaryConfig | VideoMaeAdversaryConfig, Field(discriminator="kind")]
+AdversaryConfig = Annotated[TransformerAdversaryConfig | VideoMaeAdversaryConfig, Field(discriminator="kind")]
 
 
-class PatchDiscriminator(nn.Module):
+class TransformerDiscriminator(nn.Module):
     """Patches, a plain transformer over all of them, logits."""
 
-    def __init__(self, config: PatchAdversaryConfig, frames: int, size: int) -> None:
+    def __init__(self, config: TransformerAdversaryConfig, frames: int, size: int) -> None:
         super().__init__()
         self.config = config
         depth, rows, columns = config.patch
@@ -167,10 +167,15 @@ class LocalBatchNorm(nn.Module):
         return torch.cat(normed)
 
 
-def build_discriminator(
-    config: PatchAdversaryConfig | VideoMaeAdversaryConfig, frames: int, size: int
-) -> PatchDiscriminator | VideoMaeDiscriminator:
-    """The adversary that ``config`` describes, for clips of ``frames`` x ``size`` x ``size``."""
-    if isinstance(config, PatchAdversaryConfig):
-        return PatchDiscriminator(config, frames, size)
-    return VideoMaeDiscriminator(config)
+def build_adversary(
+    config: TransformerAdversaryConfig | VideoMaeAdversaryConfig,
+    tokenizer: TokenizerConfig,
+    backbone: nn.Module | None = None,
+) -> TransformerDiscriminator | VideoMaeDiscriminator:
+    """The adversary that ``config`` describes, for clips of ``tokenizer``.
+
+    ``backbone``: a VideoMAEModel to use in place of the one that the config names.
+    """
+    if isinstance(config, VideoMaeAdversaryConfig):
+        return VideoMaeDiscriminator(config, backbone)
+    return TransformerDiscriminator(config, tokenizer.frames, tokenizer.size)

@@ -18,8 +18,8 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class AlignmentConfig(Config):
-    """Alignment of decoder features with a frozen V-JEPA2 (paper 3.1, eq. 1)."""
+class TeacherConfig(Config):
+    """The frozen V-JEPA2 that decoder features are aligned with (paper 3.1, eq. 1)."""
 
     source: str = Field(
         "facebook/vjepa2-vitl-fpc64-256", description="Hub id or local folder of a VJEPA2Model (V-JEPA2-L)"
@@ -29,24 +29,34 @@ class AlignmentConfig(Config):
         gt=0,
         description="pixels the teacher sees; at 256 its grid is the tokenizer's 16 x 16 (inferred)",
     )
-    hidden: int = Field(4, gt=0, description="inner width of the projection, times the decoder's (GigaTok)")
 
 
 class Teacher(nn.Module):
-    """Frozen V-JEPA2 encoder: clips to patch features."""
+    """Frozen V-JEPA2 encoder: clips to features on the tokenizer's grid, ``steps`` of them per block."""
 
-    def __init__(self, config: AlignmentConfig, backbone: nn.Module | None = None) -> None:
-        """``backbone``: a VJEPA2Model; None loads ``config.source`` (UserError if it is not to be had)."""
+    def __init__(
+        self, config: TeacherConfig, tokenizer: TokenizerConfig, backbone: nn.Module | None = None
+    ) -> None:
+        """``backbone``: a VJEPA2Model to use in place of the one that the config names.
+
+        Raises UserError if the model is not to be had, or has fewer features per block than one.
+        """
         super().__init__()
         self.config = config
+        self.grid = tokenizer.grid
         self.backbone = load_vjepa2(config.source) if backbone is None else backbone
         # Only its encoder is used; the predictor would be dead weight in memory.
         self.backbone.predictor = None  # type: ignore[assignment]
         self.requires_grad_(False).eval()
         shape = cast(Any, self.backbone.config)
         self.width: int = shape.hidden_size
-        self.tubelet: int = shape.tubelet_size
-        self.cell: int = shape.patch_size
+        self.cells: int = config.size // shape.patch_size
+        if tokenizer.patch[0] % shape.tubelet_size:
+            raise UserError(
+                f"alignment: a block of {tokenizer.patch[0]} frames is no multiple of the teacher's tubelet,"
+                f" {shape.tubelet_size} frames"
+            )
+        self.steps: int = tokenizer.patch[0] // shape.tubelet_size
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode."""
@@ -54,31 +64,30 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, clips: Tensor) -> Tensor:
-        """Features ``[B, t, h, w, D]`` of ``clips [B, C, F, H, W]``, uint8 or float in [0, 1]."""
+        """Features ``[B, T * steps * h * w, D]`` of ``clips [B, C, F, H, W]``, uint8 or float in [0, 1].
+
+        A teacher's grid of another size is resampled to the tokenizer's.
+        """
         clips = clips.float() / 255 if clips.dtype == torch.uint8 else clips.float()
         pixels = standardised(clips, self.config.size, clips.shape[2])
         found: Tensor = self.backbone(pixels, skip_predictor=True).last_hidden_state
-        side = self.config.size // self.cell
-        return torch.unflatten(found, 1, (-1, side, side))
+        if (self.cells, self.cells) == self.grid:
+            return found
+        maps = torch.unflatten(found, 1, (-1, self.cells, self.cells)).flatten(0, 1).permute(0, 3, 1, 2)
+        maps = F.interpolate(maps, self.grid, mode="bilinear", antialias=True)
+        return torch.unflatten(maps.flatten(2).mT, 0, (len(clips), -1)).flatten(1, 2)
 
 
 class AlignmentHead(nn.Module):
-    """Decoder features projected to the teacher's grid and width: three linears, then a temporal split.
+    """Decoder features projected to the teacher's width and time steps: three linears (GigaTok), a split.
 
     The projection is on the decoder's side: on the frozen side it could make the target trivial.
     """
 
-    def __init__(self, config: AlignmentConfig, tokenizer: TokenizerConfig, teacher: Teacher) -> None:
-        """Raises UserError where the teacher has fewer frames per feature than the tokenizer per block."""
+    def __init__(self, tokenizer: TokenizerConfig, teacher: Teacher) -> None:
         super().__init__()
-        if tokenizer.patch[0] % teacher.tubelet:
-            raise UserError(
-                f"alignment: a block of {tokenizer.patch[0]} frames is no multiple of the teacher's tubelet,"
-                f" {teacher.tubelet} frames"
-            )
-        self.grid = tokenizer.grid
-        self.steps = tokenizer.patch[0] // teacher.tubelet
-        width, inner = tokenizer.decoder.width, config.hidden * tokenizer.decoder.width
+        self.cells, self.steps = tokenizer.patches, teacher.steps
+        width, inner = tokenizer.decoder.width, 4 * tokenizer.decoder.width
         self.project = nn.Sequential(
             nn.Linear(width, inner),
             nn.SiLU(),
@@ -87,20 +96,10 @@ class AlignmentHead(nn.Module):
             nn.Linear(inner, self.steps * teacher.width),
         )
 
-    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Both sides of the comparison, ``[B, n, D]``.
-
-        ``features``: ``[B, T * h * w, D]`` of the decoder. ``target``: ``[B, t, h', w', D']`` of the teacher,
-        averaged or repeated to the decoder's ``h x w``.
-        """
+    def forward(self, features: Tensor) -> Tensor:
+        """Decoder features ``[B, T * h * w, D]`` -> ``[B, T * steps * h * w, width]`` as the teacher gives."""
         projected = torch.unflatten(self.project(features), -1, (self.steps, -1))
-        cells = self.grid[0] * self.grid[1]
-        projected = torch.unflatten(projected, 1, (-1, cells)).transpose(2, 3)
-        if target.shape[2:4] != self.grid:
-            maps = target.flatten(0, 1).permute(0, 3, 1, 2)
-            maps = F.interpolate(maps, self.grid, mode="bilinear", antialias=True)
-            target = torch.unflatten(maps.permute(0, 2, 3, 1), 0, target.shape[:2])
-        return projected.flatten(1, 3), target.flatten(1, 3)
+        return torch.unflatten(projected, 1, (-1, self.cells)).transpose(2, 3).flatten(1, 3)
 
 
 def standardised(clips: Tensor, size: int, frames: int) -> Tensor:
@@ -116,6 +115,11 @@ def standardised(clips: Tensor, size: int, frames: int) -> Tensor:
         pictures = F.interpolate(pictures, (size, size), mode="bicubic", antialias=True)
     mean, std = (pictures.new_tensor(v)[:, None, None] for v in (_IMAGENET_MEAN, _IMAGENET_STD))
     return torch.unflatten((pictures - mean) / std, 0, (len(clips), frames))
+
+
+def build_teacher(config: TeacherConfig, tokenizer: TokenizerConfig) -> Teacher:
+    """The teacher that ``config`` names, for clips of ``tokenizer``; UserError if it is not to be had."""
+    return Teacher(config, tokenizer)
 
 
 def load_videomae(source: str) -> nn.Module:

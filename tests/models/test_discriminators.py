@@ -14,13 +14,18 @@ from evatok.errors import UserError
 from evatok.models.augment import DRAWS, augment
 from evatok.models.discriminators import (
     LocalBatchNorm,
-    PatchAdversaryConfig,
+    TransformerAdversaryConfig,
     VideoMaeAdversaryConfig,
     VideoMaeDiscriminator,
-    build_discriminator,
+    build_adversary,
 )
+from evatok.models.tokenizer import TokenizerConfig
 
 TINY = {"width": 32, "layers": 2, "heads": 2}
+
+
+def clip_config(frames: int, size: int) -> TokenizerConfig:
+    return TokenizerConfig(frames=frames, size=size, choices=(4, 8))
 
 
 def tiny_videomae() -> nn.Module:
@@ -40,9 +45,9 @@ def tiny_videomae() -> nn.Module:
 
 
 @pytest.mark.parametrize(("logits", "count"), [("patch", 2 * 4 * 4), ("cls", 1)])
-def test_the_patch_adversary_judges_every_patch_or_the_clip(logits: Any, count: int) -> None:
-    config = PatchAdversaryConfig(patch=(4, 8, 8), network=TINY, logits=logits)
-    model = build_discriminator(config, frames=8, size=32)
+def test_the_transformer_judges_every_patch_or_the_clip(logits: Any, count: int) -> None:
+    config = TransformerAdversaryConfig(patch=(4, 8, 8), network=TINY, logits=logits)
+    model = build_adversary(config, clip_config(8, 32))
     clips = torch.rand(2, 3, 8, 32, 32, requires_grad=True)
     found = model(clips)
     assert found.shape == (2, count)
@@ -53,7 +58,7 @@ def test_the_patch_adversary_judges_every_patch_or_the_clip(logits: Any, count: 
 
 def test_larps_adversary_has_its_size() -> None:
     with torch.device("meta"):
-        model = build_discriminator(PatchAdversaryConfig(), frames=16, size=128)
+        model = build_adversary(TransformerAdversaryConfig(), TokenizerConfig())
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(38.9e6, rel=0.02)
 
 
@@ -74,7 +79,7 @@ def test_only_the_heads_of_the_videomae_adversary_learn() -> None:
 def test_the_videomae_adversary_loads_a_local_folder(tmp_path: Path) -> None:
     tiny_videomae().save_pretrained(tmp_path)  # type: ignore[operator]
     config = VideoMaeAdversaryConfig(source=str(tmp_path), taps=(0, 2))
-    model = build_discriminator(config, frames=4, size=32)
+    model = build_adversary(config, clip_config(4, 32))
     other = VideoMaeDiscriminator(config, tiny_videomae())
     assert all(
         torch.equal(a, b)
@@ -84,7 +89,7 @@ def test_the_videomae_adversary_loads_a_local_folder(tmp_path: Path) -> None:
 
 def test_a_missing_backbone_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no VideoMAEModel at the folder"):
-        build_discriminator(VideoMaeAdversaryConfig(source=str(tmp_path)), 16, 128)
+        build_adversary(VideoMaeAdversaryConfig(source=str(tmp_path)), TokenizerConfig())
 
 
 def test_local_batch_norm_standardises_each_virtual_batch() -> None:

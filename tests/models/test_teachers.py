@@ -11,7 +11,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 from evatok.errors import UserError
 from evatok.losses import alignment_loss
-from evatok.models.teachers import AlignmentConfig, AlignmentHead, Teacher, standardised
+from evatok.models.teachers import AlignmentHead, Teacher, TeacherConfig, build_teacher, standardised
 from evatok.models.tokenizer import TokenizerConfig
 
 TOKENIZER = TokenizerConfig(
@@ -38,9 +38,9 @@ def tiny_vjepa2(tubelet: int = 2) -> nn.Module:
 
 
 def test_the_teacher_gives_a_grid_of_features_without_gradients() -> None:
-    teacher = Teacher(AlignmentConfig(size=32), tiny_vjepa2()).train()
+    teacher = Teacher(TeacherConfig(size=32), TOKENIZER, tiny_vjepa2()).train()
     found = teacher(torch.randint(0, 256, (2, 3, 8, 16, 16), dtype=torch.uint8))
-    assert found.shape == (2, 4, 4, 4, 48)
+    assert found.shape == (2, 4 * 16, 48)
     assert not found.requires_grad
     assert not teacher.backbone.training
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -49,60 +49,55 @@ def test_the_teacher_gives_a_grid_of_features_without_gradients() -> None:
 def test_the_teacher_loads_a_local_folder(tmp_path: Path) -> None:
     tiny_vjepa2().save_pretrained(tmp_path)  # type: ignore[operator]
     clips = torch.rand(1, 3, 8, 32, 32)
-    loaded = Teacher(AlignmentConfig(source=str(tmp_path), size=32))(clips)
-    torch.testing.assert_close(loaded, Teacher(AlignmentConfig(size=32), tiny_vjepa2())(clips))
+    loaded = build_teacher(TeacherConfig(source=str(tmp_path), size=32), TOKENIZER)(clips)
+    torch.testing.assert_close(loaded, Teacher(TeacherConfig(size=32), TOKENIZER, tiny_vjepa2())(clips))
 
 
 def test_a_missing_teacher_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no VJEPA2Model at the folder"):
-        Teacher(AlignmentConfig(source=str(tmp_path)))
+        build_teacher(TeacherConfig(source=str(tmp_path)), TOKENIZER)
 
 
 @pytest.mark.parametrize("size", [32, 16, 64])
 def test_both_sides_of_the_comparison_have_the_decoders_grid_and_the_teachers_width(size: int) -> None:
-    config = AlignmentConfig(size=size)
-    teacher = Teacher(config, tiny_vjepa2())
-    head = AlignmentHead(config, TOKENIZER, teacher)
-    projected, target = head(torch.randn(2, 2 * 16, 64), teacher(torch.rand(2, 3, 8, 32, 32)))
+    teacher = Teacher(TeacherConfig(size=size), TOKENIZER, tiny_vjepa2())
+    head = AlignmentHead(TOKENIZER, teacher)
+    projected, target = head(torch.randn(2, 2 * 16, 64)), teacher(torch.rand(2, 3, 8, 32, 32))
     assert projected.shape == target.shape == (2, 4 * 16, 48)
 
 
 def test_a_decoder_cell_meets_the_teachers_cells_at_its_place() -> None:
-    config = AlignmentConfig(size=32)
-    teacher = Teacher(config, tiny_vjepa2())
-    head = AlignmentHead(config, TOKENIZER, teacher)
+    teacher = Teacher(TeacherConfig(size=32), TOKENIZER, tiny_vjepa2())
+    head = AlignmentHead(TOKENIZER, teacher)
     head.project = nn.Linear(64, 96)  # type: ignore[assignment]
-    place = torch.arange(2 * 16.0).view(1, 2, 16)  # block-major number of every decoder cell
-    features = place.reshape(1, 32, 1).expand(-1, -1, 64)
     nn.init.constant_(head.project.weight, 1 / 64)
     nn.init.zeros_(head.project.bias)
-    projected, target = head(features, torch.arange(4 * 16.0).view(1, 4, 4, 4, 1).expand(-1, -1, -1, -1, 48))
-    step, cell = target[0, :, 0].long() // 16, target[0, :, 0].long() % 16
-    torch.testing.assert_close(projected[0, :, 0], (step // 2 * 16 + cell).float())
+    numbers = torch.arange(2 * 16.0).view(1, 32, 1)  # of every decoder cell, block by block
+    projected = head(numbers.expand(-1, -1, 64))[0, :, 0]
+    place = torch.arange(4 * 16)  # of the teacher's features, time step by time step, two steps a block
+    torch.testing.assert_close(projected, (place // 32 * 16 + place % 16).float())
 
 
 def test_training_the_projection_raises_the_similarity() -> None:
-    config = AlignmentConfig(size=32)
-    teacher = Teacher(config, tiny_vjepa2())
-    head = AlignmentHead(config, TOKENIZER, teacher)
-    clips = torch.rand(2, 3, 8, 32, 32)
+    teacher = Teacher(TeacherConfig(size=32), TOKENIZER, tiny_vjepa2())
+    head = AlignmentHead(TOKENIZER, teacher)
+    target = teacher(torch.rand(2, 3, 8, 32, 32))
     features = torch.randn(2, 32, 64)
     optimizer = torch.optim.Adam(head.parameters(), 1e-3)
     losses = []
     for _ in range(30):
-        loss = alignment_loss(*head(features, teacher(clips)))
+        loss = alignment_loss(head(features), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
     assert losses[-1] >= -1
 
 
 def test_a_block_shorter_than_the_teachers_tubelet_is_a_user_error() -> None:
-    teacher = Teacher(AlignmentConfig(size=32), tiny_vjepa2(tubelet=8))
     with pytest.raises(UserError, match="tubelet"):
-        AlignmentHead(AlignmentConfig(), TOKENIZER, teacher)
+        Teacher(TeacherConfig(size=32), TOKENIZER, tiny_vjepa2(tubelet=8))
 
 
 def test_frames_are_resized_spread_and_standardised() -> None:
