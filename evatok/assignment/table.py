@@ -121,8 +121,9 @@ def _batch(table: pa.Table) -> pa.RecordBatch:
 def _rows(batch: pa.RecordBatch, metrics: Sequence[str]) -> RewardRows:
     quality = {}
     for metric in metrics:
-        values = torch.from_numpy(batch.column(metric).flatten().to_numpy().copy())
-        quality[metric] = values.to(torch.float32).reshape(batch.num_rows, -1)
+        column = batch.column(metric)
+        values = torch.from_numpy(column.flatten().to_numpy().copy()).to(torch.float32)
+        quality[metric] = values.reshape(batch.num_rows, column.type.list_size)
     row = torch.from_numpy(batch.column("row").to_numpy().copy())
     return RewardRows(batch.column("clip_id").to_pylist(), row, batch.column("split").to_pylist(), quality)
 

@@ -87,6 +87,11 @@ def best(
     )
 
 
+def grow_to_best(tree: PrefixTree, metric: str, weights: RewardWeights, statistics: RewardStatistics) -> None:
+    """Evaluate no more of the tree than the proven best assignment of each clip takes."""
+    _Bounded(tree, metric, weights, statistics).run(None, None)
+
+
 class _Bounded:
     """One batch of clips, all advanced together so that pruning leaves the calls full."""
 

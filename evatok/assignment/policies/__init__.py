@@ -1,0 +1,81 @@
+"""Policies: everything that maps a clip to an assignment, behind one interface."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from evatok.assignment.policies.budget import DifferencePolicy, IlpPolicy, InformationPolicy
+from evatok.assignment.policies.fixed import RandomPolicy, StaticPolicy, UniformPolicy
+from evatok.assignment.policies.measured import (
+    BestUniformPolicy,
+    OraclePolicy,
+    RecurrentPolicy,
+    ThresholdPolicy,
+)
+from evatok.assignment.policies.policy import Assigner, BasePolicy, Evidence, Sources, gather
+from evatok.assignment.policies.router import BudgetedPolicy, RouterPolicy
+from evatok.assignment.reward import length_statistics
+
+Policy = Annotated[
+    UniformPolicy
+    | StaticPolicy
+    | RandomPolicy
+    | BestUniformPolicy
+    | OraclePolicy
+    | ThresholdPolicy
+    | RecurrentPolicy
+    | IlpPolicy
+    | InformationPolicy
+    | DifferencePolicy
+    | RouterPolicy
+    | BudgetedPolicy,
+    Field(discriminator="kind"),
+]
+"""Any policy, told apart by ``kind``: in YAML ``{kind: uniform, count: 256}``."""
+
+
+def default_policies(sources: Sources) -> list[BasePolicy]:
+    """Every policy that the sources allow, at the setting it is quoted at."""
+    space = sources.space
+    mean_tokens, _ = length_statistics(space)
+    conditioned = sources.router is not None and sources.router.config.conditioned
+    w_q = 1.2 if conditioned else None
+    policies: list[BasePolicy] = [
+        UniformPolicy(count=space.choices[max(0, len(space.choices) - 2)]),
+        StaticPolicy(),
+        RandomPolicy(tokens=mean_tokens),
+        BestUniformPolicy(),
+        OraclePolicy(),
+        IlpPolicy(budget=mean_tokens),
+        InformationPolicy(rate=0.5),
+        DifferencePolicy(rate=0.5),
+        RouterPolicy(w_q=w_q),
+        BudgetedPolicy(budget=mean_tokens, w_q=w_q),
+    ]
+    if sources.statistics is not None:
+        limit = float(f"{sources.statistics.quality_mean:.6g}")
+        policies += [ThresholdPolicy(limit=limit), RecurrentPolicy(limit=limit)]
+    return [policy for policy in policies if not policy.missing(sources)]
+
+
+__all__ = [
+    "Assigner",
+    "BasePolicy",
+    "BestUniformPolicy",
+    "BudgetedPolicy",
+    "DifferencePolicy",
+    "Evidence",
+    "IlpPolicy",
+    "InformationPolicy",
+    "OraclePolicy",
+    "Policy",
+    "RandomPolicy",
+    "RecurrentPolicy",
+    "RouterPolicy",
+    "Sources",
+    "StaticPolicy",
+    "ThresholdPolicy",
+    "UniformPolicy",
+    "default_policies",
+    "gather",
+]

@@ -1,0 +1,131 @@
+"""Policies that do not look at the clip: the controls."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from scipy.optimize import brentq
+from torch import Tensor
+
+from evatok.assignment.policies.policy import WEIGHTS, BasePolicy, Evidence, Sources
+from evatok.assignment.reward import RewardWeights, reward
+from evatok.assignment.space import AssignmentSpace, hashed
+from evatok.errors import UserError
+
+
+class UniformPolicy(BasePolicy):
+    """The same token count for every block of every clip."""
+
+    kind: Literal["uniform"] = "uniform"
+    count: int = Field(gt=0, description="tokens of every block, one of the token choices")
+
+    @property
+    def knob(self) -> str:
+        return "count"
+
+    def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
+        if self.count not in sources.space.choices:
+            raise UserError(
+                f"policy uniform: count {self.count} is not among the token choices {sources.space.choices}"
+            )
+        return torch.full((len(evidence.positions), sources.space.blocks), self.count)
+
+    def sweep(self, sources: Sources) -> list[BasePolicy]:
+        return [UniformPolicy(count=count) for count in sources.space.choices]
+
+
+class StaticPolicy(BasePolicy):
+    """The one assignment with the highest mean reward over the training rows of the reward table.
+
+    It tells content adaptivity from mere front-loading.
+    """
+
+    kind: Literal["static"] = "static"
+    w_q: float = Field(1.2, ge=0, le=2, description="reward weight of quality")
+
+    @property
+    def knob(self) -> str:
+        return "w_q"
+
+    def missing(self, sources: Sources) -> list[str]:
+        return ["training table"] * (sources.training_quality is None or sources.statistics is None)
+
+    def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
+        self.require(sources)
+        assert sources.metric is not None
+        assert sources.statistics is not None
+        assert sources.training_quality is not None
+        # The reward is linear in quality, so the mean reward is the reward of the mean quality.
+        rewards = reward(
+            sources.training_quality,
+            sources.space.totals(),
+            sources.metric.name,
+            RewardWeights(self.w_q),
+            sources.statistics,
+        )
+        return sources.space.assignment(rewards.argmax()).expand(len(evidence.positions), -1).clone()
+
+    def sweep(self, sources: Sources) -> list[BasePolicy]:
+        return [StaticPolicy(w_q=w_q) for w_q in WEIGHTS]
+
+
+class RandomPolicy(BasePolicy):
+    """Independent random choices for every block, a pure function of (seed, sample position).
+
+    Among all distributions with the wanted mean the one of highest entropy; uniform at the space's own mean.
+    """
+
+    kind: Literal["random"] = "random"
+    tokens: float = Field(gt=0, description="mean total tokens of a clip")
+    seed: int = 0
+
+    @property
+    def knob(self) -> str:
+        return "tokens"
+
+    def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
+        space = sources.space
+        probabilities = tilted(space, self.tokens)
+        draws = hashed(evidence.positions, self.seed, space.blocks) / 2.0**64
+        digits = np.searchsorted(np.cumsum(probabilities)[:-1], draws, side="right")
+        return torch.tensor(space.choices)[torch.from_numpy(digits)]
+
+    def sweep(self, sources: Sources) -> list[BasePolicy]:
+        lowest, highest = extremes(sources.space)
+        steps = np.linspace(0.05, 0.95, 9)
+        return [
+            self.model_copy(update={"tokens": round(lowest + float(step) * (highest - lowest), 1)})
+            for step in steps
+        ]
+
+
+def extremes(space: AssignmentSpace) -> tuple[int, int]:
+    """The fewest and the most tokens of a clip."""
+    return space.blocks * space.choices[0], space.blocks * space.choices[-1]
+
+
+def tilted(space: AssignmentSpace, tokens: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Probabilities [m] of the choices: mean ``tokens / blocks``, highest entropy (an exponential tilt)."""
+    lowest, highest = extremes(space)
+    if not lowest < tokens < highest:
+        raise UserError(
+            f"policy random: a mean of {tokens} tokens is impossible, clips take {lowest} to {highest}"
+        )
+    share = np.array(space.choices, dtype=np.float64) / space.choices[-1]
+
+    def probabilities(tilt: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        weights = np.exp(tilt * share - np.max(tilt * share))
+        return np.asarray(weights / weights.sum())
+
+    def excess(tilt: float) -> float:
+        return float(probabilities(tilt) @ share) - tokens / highest
+
+    reach = 1.0
+    while not (excess(-reach) < 0 < excess(reach)) and reach < 1e6:
+        reach *= 4
+    tilt = brentq(excess, -reach, reach)
+    return probabilities(0.0 if math.isclose(tilt, 0, abs_tol=1e-9) else tilt)
