@@ -47,7 +47,8 @@ _LISTED = pa.schema(
         ("motion", pa.list_(pa.float32())),
         ("bytes", pa.int64()),  # of the file; null: missing
         ("modified", pa.int64()),  # nanoseconds
-        ("problem", pa.string()),
+        ("code", pa.string()),  # why it is rejected without being probed
+        ("detail", pa.string()),
         ("draw", pa.float64()),  # the video's own random number, 0 to 1
     ]
 )
@@ -65,7 +66,7 @@ _PROBED = pa.schema(
 )
 
 
-_OF_VIDEO = ("name", "uri", "label", "caption", "split", "motion", "problem")
+_OF_VIDEO = ("name", "uri", "label", "caption", "split", "motion")
 
 
 class IndexConfig(Config):
@@ -99,17 +100,16 @@ def build_index(
     UserError when the source has no usable video.
     """
     listed = _listed(config, location, seed)
-    early = _early_code(listed)
     known = _known(config, location)
     place = _place_in(known, listed)
-    todo = np.flatnonzero((place < 0) & early.is_null().to_numpy(zero_copy_only=False))
+    todo = np.flatnonzero((place < 0) & listed["code"].is_null().to_numpy(zero_copy_only=False))
     fresh = _probed(config, location, listed.take(pa.array(todo)), on_progress)
     place[todo] = known.num_rows + np.arange(len(todo))
     videos = pa.concat_tables([known, fresh]).take(pa.array(place, mask=place < 0))
     for column in ("name", "bytes", "modified"):
         videos = videos.set_column(videos.schema.get_field_index(column), column, listed[column])
-    code = pc.coalesce(early, videos["code"])
-    detail = pc.coalesce(_early_detail(listed), videos["detail"])
+    code = pc.coalesce(listed["code"], videos["code"])
+    detail = pc.coalesce(listed["detail"], videos["detail"])
     rejected = pa.table([listed["uri"], code, detail], REJECTED_SCHEMA).filter(pc.is_valid(code))
     usable = pc.is_null(code)
     clips = _clips(config, listed.filter(usable), videos.filter(usable))
@@ -135,14 +135,23 @@ def _listed(config: IndexConfig, location: Location, seed: int) -> pa.Table:
     tables = []
     for videos in _batches(config.source.videos(location), _LISTED_AT_ONCE):
         columns = {name: [getattr(video, name) for video in videos] for name in _OF_VIDEO}
-        sizes, changes = _file_states(videos)
-        draws = [_draw(seed, video.name) for video in videos]
-        tables.append(
-            pa.table({**columns, "bytes": sizes, "modified": changes, "draw": draws}, schema=_LISTED)
-        )
+        columns["bytes"], columns["modified"] = _file_states(videos)
+        columns["draw"] = [_draw(seed, video.name) for video in videos]
+        problems = [_problem(video, size) for video, size in zip(videos, columns["bytes"])]
+        columns["code"] = [code for code, _ in problems]
+        columns["detail"] = [detail and f"{v.uri}: {detail}" for v, (_, detail) in zip(videos, problems)]
+        tables.append(pa.table(columns, schema=_LISTED))
     listed = pa.concat_tables(tables).combine_chunks() if tables else _LISTED.empty_table()
     first = pc.index_in(listed["name"], value_set=listed["name"])
     return listed.filter(pc.equal(first, pa.array(np.arange(listed.num_rows, dtype=np.int32))))
+
+
+def _problem(video: Video, size: int | None) -> tuple[str | None, str | None]:
+    if video.problem:
+        return video.problem
+    if size is None:
+        return "missing", "no such file"
+    return (None, None) if size else ("empty", "zero bytes")
 
 
 def _file_states(videos: list[Video]) -> tuple[list[int | None], list[int | None]]:
@@ -164,21 +173,6 @@ def _draw(seed: int, name: str) -> float:
     """A number from 0 to 1 that is the video's own: its split outlives other videos."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
-
-
-def _early_code(listed: pa.Table) -> pa.ChunkedArray:
-    """The reason to reject a file that need not be opened for it; null otherwise."""
-    missing = pc.if_else(pc.is_null(listed["bytes"]), "missing", pa.scalar(None, pa.string()))
-    empty = pc.if_else(pc.equal(listed["bytes"], 0), "empty", missing)
-    return pc.if_else(pc.is_valid(listed["problem"]), "outside", pc.coalesce(empty, missing))
-
-
-def _early_detail(listed: pa.Table) -> pa.ChunkedArray:
-    reasons = {"missing": "no such file", "empty": "zero bytes"}
-    code = _early_code(listed)
-    texts = [reasons.get(value) if value else None for value in code.unique().to_pylist()]
-    reason = pa.array(texts, pa.string()).take(pc.index_in(code, value_set=code.unique()))
-    return pc.binary_join_element_wise(listed["uri"], pc.coalesce(listed["problem"], reason), ": ")
 
 
 def _known(config: IndexConfig, location: Location) -> pa.Table:

@@ -24,7 +24,8 @@ from evatok.config import Config
 
 Reason = Literal[
     "missing",  # no such file, or not readable by us
-    "outside",  # its path leaves the data root
+    "outside",  # its path leaves the data root, or its address is not an allowed one
+    "http",  # no server gives it
     "empty",  # zero bytes
     "unreadable",  # no demuxer accepts it: truncated header, wrong type, text
     "no_video",  # readable, but nothing to see

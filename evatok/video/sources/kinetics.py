@@ -9,7 +9,7 @@ from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.errors import UserError
 from evatok.video.sources.table import rows
-from evatok.video.sources.video import Video, below, folder
+from evatok.video.sources.video import OUTSIDE, Video, below, folder
 
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 
@@ -33,7 +33,7 @@ class KineticsSource(Config):
             uri = below(root, name)
             split = "test" if row["split"].startswith("val") else row["split"]
             if uri is None:
-                yield Video(name, name, split=split, problem="its path leaves the data root")
+                yield Video(name, name, split=split, problem=OUTSIDE)
             else:
                 yield Video(name, uri, label=row["label"] or None, split=split)
 

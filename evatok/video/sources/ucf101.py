@@ -30,7 +30,7 @@ class Ucf101Source(Config):
                 label = name.partition("/")[0]
                 uri = below(root, name)
                 if label not in classes or uri is None:
-                    yield Video(name, name, split=split, problem="not a video of a listed class")
+                    yield Video(name, name, split=split, problem=("outside", "not a video of a listed class"))
                 else:
                     yield Video(name, uri, label=label, split=split)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Protocol
 
 import pyarrow.fs as pafs
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
+from evatok.video.decode import Reason
+
+OUTSIDE: tuple[Reason, str] = ("outside", "its path leaves the data root")
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Video:
     """A file that should hold a video.
 
     `name`: unique in its source, stable over reruns. `split`: None lets the index draw one. `motion`: known
-    complexity of each temporal block, for synthetic videos. `problem`: why its path cannot be followed.
+    complexity of each temporal block, for synthetic videos. `problem`: reason and detail for which it is
+    rejected without being looked for.
     """
 
     name: str
@@ -27,7 +30,7 @@ class Video:
     caption: str | None = None
     split: str | None = None
     motion: tuple[float, ...] | None = None
-    problem: str | None = None
+    problem: tuple[Reason, str] | None = None
 
 
 class Source(Protocol):
@@ -59,7 +62,6 @@ def folder(uri: str, purpose: str) -> Location:
 
 def below(root: Location, name: str) -> str | None:
     """The URI of `name` under `root`; None when it would leave the root."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name:
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         return None
-    return f"{root.uri}/{path}"
+    return f"{root.uri}/{name}"

@@ -1,0 +1,89 @@
+"""Sources list what the data sets' own files say, with labels, captions and splits."""
+
+from __future__ import annotations
+
+import pytest
+
+from evatok.artifacts import Location
+from evatok.errors import UserError
+from evatok.video.sources import FolderSource, KineticsSource, SyntheticSource, Ucf101Source, WebVidSource
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Location:
+    return Location.parse(tmp_path / "workspace")
+
+
+def test_a_folder_is_listed_in_order_at_any_depth(tmp_path, workspace):
+    for name in ("b/2.MOV", "a.mp4", "b/c/3.webm", "notes.txt", "b/1.gif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    names = [video.name for video in FolderSource(path=str(tmp_path)).videos(workspace)]
+    assert names == ["a.mp4", "b/1.gif", "b/2.MOV", "b/c/3.webm"]
+
+
+def test_webvid_rows_with_quotes_gaps_and_tricks(tmp_path, workspace):
+    (tmp_path / "list.csv").write_bytes(
+        b"\xef\xbb\xbfvideoid,contentUrl,duration,page_dir,name\r\n"
+        b'1,u,PT1S,0001_0050,"a ""quoted"", comma"\r\n'
+        b"2,u,PT1S,,no page\r\n"
+        b"3,u,PT1S,../..,escape\r\n"
+        b"4,u,PT1S,/abs,absolute\r\n"
+        b",u,PT1S,0001_0050,no id\r\n"
+        b"5,u\r\n"
+    )
+    source = WebVidSource(path=str(tmp_path), csv=str(tmp_path / "list.csv"))
+    videos = list(source.videos(workspace))
+    assert [video.problem is None for video in videos] == [True, True, False, False, False, True]
+    assert videos[0].caption == 'a "quoted", comma'
+    assert videos[0].uri == f"{tmp_path}/videos/0001_0050/1.mp4"
+    assert videos[1].uri == f"{tmp_path}/videos/2.mp4"
+    assert (videos[5].uri, videos[5].caption) == (f"{tmp_path}/videos/5.mp4", None)
+
+
+def test_a_csv_without_the_columns_names_them(tmp_path, workspace):
+    (tmp_path / "list.csv").write_text("id,title\n1,a\n")
+    with pytest.raises(UserError, match="no column videoid, page_dir, name"):
+        list(WebVidSource(path=str(tmp_path), csv=str(tmp_path / "list.csv")).videos(workspace))
+    with pytest.raises(UserError, match=r"absent\.csv"):
+        list(WebVidSource(path=str(tmp_path), csv=str(tmp_path / "absent.csv")).videos(workspace))
+
+
+def test_ucf101_follows_the_official_lists(test_data, workspace):
+    source = Ucf101Source(
+        path=str(test_data / "clips" / "ucf101"), lists=str(test_data / "metadata" / "ucf101"), fold=1
+    )
+    videos = list(source.videos(workspace))
+    assert len(videos) == 9537 + 3783
+    assert {video.split for video in videos} == {"train", "test"}
+    assert len({video.label for video in videos}) == 101
+    groups = {int(video.name.split("_g")[1][:2]) for video in videos if video.split == "test"}
+    assert groups == set(range(1, 8))
+
+
+def test_ucf101_without_its_lists_says_what_is_missing(tmp_path, workspace):
+    with pytest.raises(UserError, match=r"classInd\.txt"):
+        list(Ucf101Source(path=str(tmp_path), lists=str(tmp_path)).videos(workspace))
+
+
+def test_kinetics_rows_name_their_segments(test_data, tmp_path, workspace):
+    csv = test_data / "metadata" / "kinetics" / "kinetics-600_val.csv"
+    videos = list(KineticsSource(path=str(tmp_path), csv=str(csv)).videos(workspace))
+    assert len(videos) == 29093
+    assert videos[0].name == "abseiling/yq_M1PMw2hY_000038_000048.mp4"
+    assert (videos[0].label, videos[0].split) == ("abseiling", "test")
+    flat = KineticsSource(path=str(tmp_path), csv=str(csv), pattern="{split}/{youtube_id}.mp4")
+    assert next(iter(flat.videos(workspace))).uri == f"{tmp_path}/val/yq_M1PMw2hY.mp4"
+    wrong = KineticsSource(path=str(tmp_path), csv=str(csv), pattern="{video}.mp4")
+    with pytest.raises(UserError, match="youtube_id"):
+        list(wrong.videos(workspace))
+
+
+def test_synthetic_videos_are_written_once(tmp_path, workspace):
+    source = SyntheticSource(count=3, blocks=2, size=32)
+    first = list(source.videos(workspace))
+    changed = [workspace.fs.get_file_info(video.uri).mtime_ns for video in first]
+    assert list(source.videos(workspace)) == first
+    assert [workspace.fs.get_file_info(video.uri).mtime_ns for video in first] == changed
+    assert [video.label for video in first] == ["drift", "orbit", "spin"]
+    assert all(len(video.motion) == 2 for video in first)
