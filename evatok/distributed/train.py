@@ -127,7 +127,6 @@ def _remaining(stream: Stream, config: TrainConfig, workers: int, seen: int) -> 
     # At least one step's worth, because Ray refuses an empty dataset; nothing of it runs unless asked for.
     count = max(config.global_batch, config.steps * config.global_batch - seen)
     dataset = stream(start=seen, count=count, rows_per_block=config.micro(workers))
-    dataset.context.execution_no_progress_timeout_s = -1  # a long evaluation or upload is no failure
     dataset.context.enable_progress_bars = False
     return dataset
 
@@ -152,7 +151,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["evaluate"]:
         held_out = list(job.batches(ray.train.get_dataset_shard(EVALUATION), micro))
     sinks: list[Sink] = [CurveWriter(job.location)] if first else []
-    if first and settings["queue"]:
+    if first and settings["queue"] is not None:  # an empty queue is false
         sinks.append(_QueueSink(settings["queue"]))
     try:
         trained = train(
