@@ -254,20 +254,20 @@ def _show(location: Location, table: pa.Table, labels: tuple[str, ...]) -> None:
 def _check(config: GenerateConfig, experiment: Any) -> Iterator[tuple[str, str]]:
     tokenizer, tokens = experiment.tokenizer.model, experiment.tokens
     if config.assignment and len(config.assignment) != tokenizer.blocks:
-        yield "assignment", f"{len(config.assignment)} blocks; the tokenizer has {tokenizer.blocks}"
+        yield "generate.assignment", f"{len(config.assignment)} blocks; the tokenizer has {tokenizer.blocks}"
     if unknown := set(config.assignment) - {0, *tokenizer.choices}:
         yield (
-            "assignment",
+            "generate.assignment",
             f"{sorted(unknown)} are not among the token choices {list(tokenizer.choices)} or 0",
         )
     if config.budget is not None and config.budget < tokenizer.blocks * tokenizer.choices[0]:
         yield (
-            "budget",
+            "generate.budget",
             f"{config.budget} tokens; a clip needs {tokenizer.blocks * tokenizer.choices[0]} at least",
         )
     if config.sampling.guidance != 1 and not (tokens.labels and experiment.generator.network.class_dropout):
         yield (
-            "sampling.guidance",
+            "generate.sampling.guidance",
             f"{config.sampling.guidance} needs classes (tokens.labels) and generator.network.class_dropout"
             " above 0; leave it at 1 otherwise",
         )

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
 from evatok.config import OPERATIONAL, Config
-from evatok.models.generator import GeneratorConfig, NetworkConfig
-from evatok.stages.stage import Stage, StageContext
+from evatok.models.generator import Generator, GeneratorConfig, NetworkConfig
+from evatok.models.tokenizer import VideoTokenizer
+from evatok.stages.stage import Description, Stage, StageContext
 from evatok.training.generation import GenerationTask
 from evatok.training.loop import TrainConfig
 from evatok.training.token_table import count_rows, mean_tokens, read_vocabulary
@@ -62,7 +64,32 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _check(config: GeneratorStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
     for key, problem in config.train.problems(max(1, experiment.resources.workers)):
-        yield f"train.{key}", problem
+        yield f"generator.train.{key}", problem
+
+
+def _describe(config: GeneratorStageConfig, experiment: Any) -> Description:
+    shape, tokens = experiment.tokenizer.model, experiment.tokens
+    with torch.device("meta"):
+        model = Generator(
+            GeneratorConfig(
+                network=config.network,
+                codes=VideoTokenizer(shape).codes,
+                choices=shape.choices,
+                blocks=shape.blocks,
+                condition=tokens.condition,
+            )
+        )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    clips = config.train.steps * config.train.global_batch
+    longest = model.config.positions
+    return Description(
+        models={"generator": parameters},
+        compute=6.0 * parameters * clips * longest,
+        notes=(
+            f"compute: at most, for sequences of {longest:,} tokens",
+            f"not counted: an embedding of {config.network.size.width} numbers per class of the index",
+        ),
+    )
 
 
 STAGE = Stage(
@@ -72,4 +99,5 @@ STAGE = Stage(
     inputs=("tokens",),
     outputs=("model/", "curves/"),
     check=_check,
+    describe=_describe,
 )

@@ -1,0 +1,277 @@
+"""Tokens: the final tokenizer under a policy turns the clip index into the generator's token table.
+
+Leaves ``table/*.parquet`` (see ``training.token_table``), ``vocabulary.json`` (what the numbers mean) and
+``rejected.parquet`` (clips that could not be decoded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from evatok.assignment.policies import Policy, RouterPolicy, Sources, gather
+from evatok.config import OPERATIONAL, Config
+from evatok.models.sequence import NO_CLASS
+from evatok.models.tokenizer import VideoTokenizer
+from evatok.models.tokens import Tokens
+from evatok.stages.sources import load_model, policy_sources
+from evatok.stages.stage import Stage, StageContext
+from evatok.training.token_table import (
+    ROWS,
+    SCHEMA,
+    VOCABULARY,
+    TokenVocabulary,
+    mean_tokens,
+    to_table,
+)
+from evatok.video.decode import ClipFormat, DecodeError, decode_clip
+from evatok.video.index import REJECTED_SCHEMA, ClipIndex
+
+if TYPE_CHECKING:
+    from evatok.distributed.fanout import Progress, ShardOutput
+
+ENCODED_AT_ONCE = (
+    16  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
+)
+
+
+class TokensConfig(Config):
+    policy: Policy = Field(RouterPolicy(), description="what assigns tokens to every clip")
+    passes: int = Field(
+        1, ge=1, description="times each training clip is encoded: once plain, then with random crop and flip"
+    )
+    held_out: int = Field(1000, ge=0, description="clips of the test split that are encoded too, once")
+    labels: bool = Field(True, description="keep the clips' classes")
+    condition: tuple[int, ...] = Field(
+        (), description="frame prediction: assignment of the blocks of the given frames; K600: [512, 128]"
+    )
+    given_frames: int = Field(5, ge=1, description="frame prediction: frames that are given (K600: 5)")
+    clips_per_task: Annotated[int, OPERATIONAL] = Field(64, gt=0, description="a task should take seconds")
+    gpu_per_task: Annotated[float, OPERATIONAL] = Field(
+        1.0, gt=0, le=1, description="share of a GPU that a task holds, with resources.use_gpu"
+    )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What every task needs; travels to the workers once."""
+
+    index: ClipIndex
+    tokenizer: VideoTokenizer
+    sources: Sources
+    config: TokensConfig
+    labels: tuple[str, ...]
+    seed: int
+    device: str
+
+    def __call__(self) -> Encoder:
+        """In a worker process: move the models to the device."""
+        networks = (self.tokenizer, self.sources.tokenizer, self.sources.router, self.sources.metric)
+        for network in networks:
+            if network is not None:
+                network.to(self.device).eval()
+        return self
+
+    def clip(self, entry: dict[str, Any], augmentation: int) -> NDArray[np.uint8]:
+        """uint8 ``[C, F, H, W]``; augmentation 0 is the plain clip. Raises DecodeError."""
+        shape, moved = self.tokenizer.config, augmentation > 0
+        form = ClipFormat(
+            frames=shape.frames,
+            size=shape.size,
+            fps=entry["fps"],
+            crop="random" if moved else "center",
+            flip=moved,
+        )
+        draw = np.random.default_rng([self.seed, augmentation, entry["row"]])
+        return decode_clip(entry["uri"], entry["start"], form, draw)
+
+    def assign(self, clips: Tensor, positions: Tensor) -> Tensor:
+        """The policy's assignment int64 ``[B, T]`` of clips; a frame predictor's begins with the condition.
+
+        A policy that scores assignments takes the best of those that begin so (paper 4.4).
+        """
+        policy, condition = self.config.policy, self.config.condition
+        if not condition:
+            assignment: Tensor = policy.bind(self.sources)(clips, positions).cpu()
+            return assignment
+        evidence = gather(clips, positions, self.sources, [policy])
+        outside = torch.ones(self.sources.space.size, dtype=torch.bool)
+        inside = self.sources.space.subtree(condition)
+        outside[inside.start : inside.stop] = False
+        masked = {key: scores.masked_fill(outside, -torch.inf) for key, scores in evidence.scores.items()}
+        assignment = policy.assign(replace(evidence, scores=masked), self.sources).clone()
+        assignment[:, : len(condition)] = torch.tensor(condition)
+        return assignment
+
+    def given(self, clips: Tensor) -> Tensor | None:
+        """Codes int64 ``[B, P]`` of the given frames alone, None without frame prediction."""
+        config = self.config
+        if not config.condition:
+            return None
+        return encode_given(self.tokenizer, clips[:, :, : config.given_frames], config.condition)
+
+
+def encode_given(tokenizer: VideoTokenizer, frames: Tensor, condition: tuple[int, ...]) -> Tensor:
+    """Codes int64 ``[B, P]`` of frames ``[B, C, f, H, W]`` padded with the last one, on the CPU (paper 4.4).
+
+    The tokenizer is causal, so the blocks of the condition do not see what follows them.
+    """
+    missing = tokenizer.config.frames - frames.shape[2]
+    padded = torch.cat((frames, frames[:, :, -1:].expand(-1, -1, missing, -1, -1)), 2)
+    rest = tokenizer.blocks - len(condition)
+    assignment = torch.tensor([*condition, *[tokenizer.choices[0]] * rest]).repeat(len(frames), 1)
+    codes: Tensor = tokenizer.encode(padded, assignment).indices
+    return codes.view(len(frames), -1)[:, : sum(condition)].cpu()
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Encode all training clips and some held-out ones in Ray tasks; returns the headline metrics."""
+    from evatok.distributed.fanout import fan_out
+    from evatok.distributed.schedule import Shard, shard_ranges
+
+    config: TokensConfig = context.config
+    use_gpu = context.resources.use_gpu
+    encoder = assemble(context)
+    splits = np.asarray(encoder.index.column("split").to_pylist())
+    train, test = (np.flatnonzero(splits == split) for split in ("train", "test"))
+    batches = [(augmentation, train) for augmentation in range(config.passes)]
+    held_out = np.random.default_rng(context.seed).permutation(test)[: config.held_out]
+    shards = [
+        Shard(
+            f"{split}-{augmentation:02d}-{start:08d}.parquet", stop - start, (rows[start:stop], augmentation)
+        )
+        for split, augmentation, rows in [*(("train", *batch) for batch in batches), ("test", 0, held_out)]
+        for start, stop in shard_ranges(len(rows), config.clips_per_task)
+    ]
+
+    def report(progress: Progress) -> None:
+        context.progress(progress.items, progress.total, "clips", clips_per_second=progress.rate)
+
+    done = fan_out(
+        shards,
+        encode_clips,
+        context.location / ROWS,
+        key=context.run_id,
+        state=encoder,
+        gpus=config.gpu_per_task if use_gpu else 0.0,
+        on_progress=report,
+    )
+    context.location.write_table(
+        "rejected.parquet", pa.Table.from_pylist(list(done.rejected), REJECTED_SCHEMA)
+    )
+    tokenizer = encoder.tokenizer
+    vocabulary = TokenVocabulary(
+        codes=tokenizer.codes,
+        choices=tokenizer.choices,
+        blocks=tokenizer.blocks,
+        labels=encoder.labels,
+        condition=config.condition,
+        known_blocks=config.given_frames // tokenizer.config.patch[0] if config.condition else 0,
+        codebook=tokenizer.codebook,
+    )
+    context.location.write_json(VOCABULARY, vocabulary.model_dump(mode="json"))
+    return {
+        "clips": done.rows,
+        "rejected": len(done.rejected),
+        "classes": len(encoder.labels),
+        "mean_tokens": mean_tokens(context.location, "train"),
+        "clips_per_second": (done.items - done.kept) / done.seconds,
+    }
+
+
+def assemble(context: StageContext) -> Encoder:
+    """The index and the models."""
+    config: TokensConfig = context.config
+    index = ClipIndex.open(context.inputs["index"].location)
+    return Encoder(
+        index=index,
+        tokenizer=load_model(VideoTokenizer, context.inputs["tokenizer"].location),
+        sources=policy_sources(context.inputs, context.experiment.curate.reward),
+        config=config,
+        labels=tuple(index.labels()) if config.labels else (),
+        seed=context.seed,
+        device="cuda" if context.resources.use_gpu else "cpu",
+    )
+
+
+@torch.no_grad()
+def encode_clips(spec: tuple[NDArray[np.int64], int], encoder: Encoder) -> ShardOutput:
+    """One task: the clips at these rows of the index, in one augmentation."""
+    from evatok.distributed.fanout import ShardOutput
+
+    rows, augmentation = spec
+    found, clips, rejected = [], [], []
+    for entry in encoder.index.take(rows).to_pylist():
+        try:
+            clips.append(encoder.clip(entry, augmentation))
+            found.append(entry)
+        except DecodeError as error:
+            detail = f"{entry['clip_id']}: {error.detail}"
+            rejected.append({"uri": entry["uri"], "code": error.code, "detail": detail})
+    tables = []
+    for start in range(0, len(found), ENCODED_AT_ONCE):
+        entries = found[start : start + ENCODED_AT_ONCE]
+        batch = torch.from_numpy(np.stack(clips[start : start + ENCODED_AT_ONCE])).to(encoder.device)
+        positions = torch.tensor([entry["row"] for entry in entries])
+        tokens = encoder.tokenizer.encode(batch, encoder.assign(batch, positions))
+        labels = [_number(encoder.labels, entry["label"]) for entry in entries]
+        tables.append(
+            to_table(
+                entries,
+                labels,
+                Tokens(tokens.indices.cpu(), tokens.lengths.cpu()),
+                encoder.given(batch),
+                augmentation,
+            )
+        )
+    return ShardOutput(pa.concat_tables(tables) if tables else SCHEMA.empty_table(), rejected)
+
+
+def _number(labels: tuple[str, ...], label: str | None) -> int:
+    return labels.index(label) if label in labels else NO_CLASS
+
+
+def _check(config: TokensConfig, experiment: Any) -> Iterator[tuple[str, str]]:
+    tokenizer = experiment.tokenizer.model
+    if tokenizer.quantizer.kind == "residual_vq":
+        yield (
+            "tokenizer.model.quantizer.kind",
+            "residual_vq gives several codes per token, and a generator models one: take vq, fsq or lfq",
+        )
+    if not config.condition:
+        return
+    given, depth = len(config.condition), tokenizer.patch[0]
+    if not tokenizer.causal:
+        yield "tokens.condition", "frames are given one block at a time, which needs tokenizer.model.causal"
+    if unknown := [count for count in config.condition if count not in tokenizer.choices]:
+        yield "tokens.condition", f"{unknown} are not among the token choices {list(tokenizer.choices)}"
+    if given >= tokenizer.blocks:
+        yield (
+            "tokens.condition",
+            f"gives {given} of {tokenizer.blocks} blocks; at most {tokenizer.blocks - 1}",
+        )
+    if not (given - 1) * depth < config.given_frames <= given * depth:
+        yield (
+            "tokens.given_frames",
+            f"{config.given_frames} frames do not fill {given} blocks of {depth} frames:"
+            f" {(given - 1) * depth + 1} to {given * depth} do",
+        )
+
+
+STAGE = Stage(
+    name="tokens",
+    config=TokensConfig,
+    run=run,
+    inputs=("index", "proxy", "curate", "router", "tokenizer"),
+    reads=("curate.reward",),
+    outputs=(f"{ROWS}/", VOCABULARY, "rejected.parquet"),
+    check=_check,
+)

@@ -1,0 +1,130 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from evatok.artifacts import Location
+from evatok.assignment.policies import Sources
+from evatok.assignment.space import AssignmentSpace
+from evatok.config import parse
+from evatok.models.router import Router, RouterConfig
+from evatok.models.sequence import NO_CLASS
+from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
+from evatok.stages.tokens import STAGE, Encoder, TokensConfig, encode_clips
+from evatok.training.token_table import SCHEMA
+from evatok.video.decode import ClipFormat, decode_clip
+from evatok.video.index import REJECTED_SCHEMA, ClipIndex, write_index
+from evatok.video.index import SCHEMA as INDEX_SCHEMA
+from evatok.video.write import write_video
+
+TINY = TokenizerConfig(
+    frames=12,
+    size=16,
+    choices=(1, 2, 4),
+    encoder={"width": 16, "layers": 1, "heads": 2},
+    decoder={"width": 16, "layers": 1, "heads": 2},
+    latent=8,
+    quantizer={"kind": "fsq", "levels": (5, 5, 5)},
+    align_layer=1,
+)
+SPACE = AssignmentSpace(TINY.choices, TINY.blocks)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """Five clips; clip 3 is no video, clip 4 has no label."""
+    folder = tmp_path_factory.mktemp("clips")
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(5):
+        path = folder / f"{i}.mp4"
+        write_video(path, random.integers(0, 255, (3, 12, 24, 32), dtype=np.uint8), 8)
+        entry = {"clip_id": f"c{i}", "uri": str(path), "start": 0.0, "fps": 0.0, "frames": 12, "width": 32}
+        rows.append(entry | {"height": 24, "split": "train", "label": None if i == 4 else "ab"[i % 2]})
+    (folder / "3.mp4").write_bytes(b"this is no video")
+    write_index(
+        Location.parse(folder), pa.Table.from_pylist(rows, INDEX_SCHEMA), REJECTED_SCHEMA.empty_table()
+    )
+    return ClipIndex.open(Location.parse(folder))
+
+
+def encoder(index, router=None, **config):
+    torch.manual_seed(0)
+    config = parse(str({"policy": {"kind": "uniform", "count": 2}} | config), TokensConfig, "test")
+    return Encoder(
+        index=index,
+        tokenizer=VideoTokenizer(TINY),
+        sources=Sources(SPACE, router=router),
+        config=config,
+        labels=("a", "b"),
+        seed=0,
+        device="cpu",
+    )()
+
+
+def clip_of(index, row):
+    entry = index.take(np.array([row])).to_pylist()[0]
+    return torch.from_numpy(decode_clip(entry["uri"], 0.0, ClipFormat(frames=12, size=16)))[None]
+
+
+def test_clips_become_rows_and_bad_ones_are_named(index):
+    maker = encoder(index)
+    output = encode_clips((np.arange(5), 0), maker)
+    assert output.table.schema == SCHEMA
+    assert output.table["clip_id"].to_pylist() == ["c0", "c1", "c2", "c4"]
+    assert output.table["label"].to_pylist() == [0, 1, 0, NO_CLASS]
+    assert output.table["lengths"].to_pylist() == [[2, 2, 2]] * 4
+    assert [item["uri"].rpartition("/")[2] for item in output.rejected] == ["3.mp4"]
+    expected = maker.tokenizer.encode(clip_of(index, 2), torch.tensor([[2, 2, 2]]))
+    assert output.table["indices"][2].as_py() == expected.indices.tolist()
+
+
+def test_an_augmented_pass_is_another_view_and_always_the_same_one(index):
+    maker = encoder(index, passes=3)
+    passes = [encode_clips((np.arange(3), k), maker).table["indices"].to_pylist() for k in (0, 1, 2, 1)]
+    assert passes[1] == passes[3]
+    assert len({str(entry) for entry in passes}) == 3
+
+
+def test_frame_prediction_encodes_the_given_frames_alone_and_routes_within_the_prefix(index):
+    torch.manual_seed(1)
+    router = Router(
+        RouterConfig(frames=12, size=16, choices=TINY.choices, network={"width": 16, "layers": 1, "heads": 2})
+    )
+    with torch.no_grad():
+        router.head.classes.weight.normal_(std=1.0)
+    maker = encoder(index, router, policy={"kind": "router"}, condition=[4, 1], given_frames=5)
+    table = encode_clips((np.arange(3), 0), maker).table
+    for row in range(3):
+        clip = clip_of(index, row)
+        with torch.no_grad():
+            scores = router(clip)[0]
+        best = max(SPACE.subtree((4, 1)), key=lambda place: float(scores[place]))
+        assert table["lengths"][row].as_py() == SPACE.assignment(torch.tensor(best)).tolist()
+        padded = torch.cat((clip[:, :, :5], clip[:, :, 4:5].expand(-1, -1, 7, -1, -1)), 2)
+        alone = maker.tokenizer.encode(padded, torch.tensor([[4, 1, 4]])).indices[:5]
+        assert table["condition"][row].as_py() == alone.tolist()
+        # Block 0 is wholly given and the tokenizer is causal: sampling may take it over.
+        assert table["indices"][row].as_py()[:4] == alone[:4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"condition": [3], "given_frames": 4}, "tokens.condition"),
+        ({"condition": [4, 4, 4], "given_frames": 9}, "tokens.condition"),
+        ({"condition": [4, 1], "given_frames": 4}, "tokens.given_frames"),
+    ],
+)
+def test_settings_that_do_not_fit_the_tokenizer_are_named_before_anything_runs(config, key):
+    experiment = SimpleNamespace(tokenizer=SimpleNamespace(model=TINY))
+    found = dict(STAGE.check(TokensConfig(**config), experiment))
+    assert list(found) == [key]
+
+
+def test_residual_codes_are_refused():
+    model = TINY.model_copy(update={"quantizer": SimpleNamespace(kind="residual_vq")})
+    experiment = SimpleNamespace(tokenizer=SimpleNamespace(model=model))
+    assert "tokenizer.model.quantizer.kind" in dict(STAGE.check(TokensConfig(), experiment))
