@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, decode_clip
 from evatok.video.guard import Guard
-from evatok.video.index import ClipIndex
+from evatok.video.index import PREPARED, ClipIndex
 from evatok.video.order import Order
+from evatok.video.prepared import PreparedClips
 
 Columns = dict[str, NDArray[np.generic]]
 Fetch = Callable[[NDArray[np.int64], NDArray[np.int64]], Columns]
@@ -79,7 +80,7 @@ def clip_stream(
     Rows: clip uint8 [C, F, H, W]; position int64; row int64, of the whole index; replaced bool; with `labels`
     also label int64, the label's place in that list or -1. A clip that cannot be decoded is replaced by its
     successor in the index (`row` is then the successor's, and `replaced` is true). The sampling rate is the
-    index's. Random crops and flips follow from (`seed`, position).
+    index's. Random crops and flips follow from (`seed`, position). Prepared clips are used where there are.
     """
     if order.clips != len(index):
         raise ValueError(f"an order of {order.clips} clips for an index of {len(index)}")
@@ -112,6 +113,9 @@ class ClipFetch:
         used = self.index.take(clips).to_pylist()
         replaced = np.zeros(len(clips), bool)
         bad = self.index.known_bad()
+        prepared = PreparedClips.open(self.index.location / PREPARED)
+        if prepared is not None and not prepared.serve(self.clip_format):
+            prepared = None
         with self._decoder() as decode:
             for k, position in enumerate(positions):
                 for step in range(_NEIGHBOURS):
@@ -122,7 +126,7 @@ class ClipFetch:
                     if used[k]["row"] in bad:
                         continue
                     try:
-                        pixels[k] = self._decoded(decode, used[k], int(position))
+                        pixels[k] = self._clip(decode, prepared, used[k], int(position))
                         break
                     except DecodeError as error:
                         log.warning("clip %s is replaced: %s", used[k]["clip_id"], error)
@@ -155,11 +159,18 @@ class ClipFetch:
         with Guard((self.limits or MediaLimits()).time_limit) as guard:
             yield functools.partial(guard, self.decode)
 
-    def _decoded(
-        self, decode: Callable[..., NDArray[np.uint8]], clip: dict[str, Any], position: int
+    def _clip(
+        self,
+        decode: Callable[..., NDArray[np.uint8]],
+        prepared: PreparedClips | None,
+        clip: dict[str, Any],
+        position: int,
     ) -> NDArray[np.uint8]:
         clip_format = self.clip_format.model_copy(update={"fps": clip["fps"]})
         draw = np.random.default_rng((self.seed % 2**64, position))
+        if prepared is not None:
+            pixels = prepared.clip(clip["row"])
+            return pixels[..., ::-1] if clip_format.drawn(draw)[1] else pixels
         return decode(clip["uri"], clip["start"], clip_format, draw, self.limits)
 
 

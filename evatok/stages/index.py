@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -20,11 +20,12 @@ from pydantic import Field
 from evatok.artifacts import Location
 from evatok.config import OPERATIONAL, Config, identity
 from evatok.errors import UserError
+from evatok.stages.materialize import materialize
 from evatok.stages.stage import Stage, StageContext
 from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, probe
 from evatok.video.guard import Guard
-from evatok.video.index import CLIPS, REJECTED, REJECTED_SCHEMA, SCHEMA, clip_starts, write_index
-from evatok.video.sources import AnySource, Video
+from evatok.video.index import CLIPS, REJECTED, REJECTED_SCHEMA, SCHEMA, SourceShare, clip_starts, write_index
+from evatok.video.sources import AnySource, MixtureSource, Video
 from evatok.video.synthetic import BLOCK
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 PROBED = "probed.parquet"  # what is known of every file, so that only new and changed ones are probed again
 VERSION = 1
-_SHARDS = "shards"
+_PROBES = "probes"
 _KEY = b"evatok-index"
 _LISTED_AT_ONCE = 1024
 _VIDEOS_PER_TASK = 128
@@ -41,6 +42,7 @@ _LISTED = pa.schema(
     [
         ("name", pa.string()),
         ("uri", pa.string()),
+        ("part", pa.string()),  # of a mixture
         ("label", pa.string()),
         ("caption", pa.string()),
         ("split", pa.string()),
@@ -66,7 +68,7 @@ _PROBED = pa.schema(
 )
 
 
-_OF_VIDEO = ("name", "uri", "label", "caption", "split", "motion")
+_OF_VIDEO = ("name", "uri", "part", "label", "caption", "split", "motion")
 
 
 class IndexConfig(Config):
@@ -84,6 +86,11 @@ class IndexConfig(Config):
         description="share of videos held out where the source has no split of its own",
     )
     limits: MediaLimits = MediaLimits()
+    materialize: Annotated[int, OPERATIONAL] = Field(
+        default=0,
+        ge=0,
+        description="decode every clip once at so many pixels and keep it; 0: decode each time",
+    )
     videos_per_task: Annotated[int, OPERATIONAL] = Field(default=_VIDEOS_PER_TASK, gt=0)
 
 
@@ -115,9 +122,9 @@ def build_index(
     clips = _clips(config, listed.filter(usable), videos.filter(usable))
     if not clips.num_rows:
         raise UserError(_nothing_usable(config, rejected))
-    write_index(location, clips, rejected)
+    write_index(location, clips, rejected, _shares(config, listed.filter(usable), videos.filter(usable)))
     location.write_table(PROBED, videos.replace_schema_metadata({_KEY: _key(config)}))
-    location.delete(_SHARDS)
+    location.delete(_PROBES)
     splits = Counter(clips["split"].to_pylist())
     return {
         "videos": len(clips["uri"].unique()),
@@ -159,7 +166,7 @@ def _file_states(videos: list[Video]) -> tuple[list[int | None], list[int | None
     changes: list[int | None] = [None] * len(videos)
     sought = [k for k, video in enumerate(videos) if video.problem is None]
     if sought:
-        # The videos of a source live on one file system.
+        # These videos are of one source and live on one file system.
         first = Location.parse(videos[sought[0]].uri)
         scheme = first.uri.removesuffix(first.path)
         infos = first.fs.get_file_info([videos[k].uri.removeprefix(scheme) for k in sought])
@@ -220,12 +227,12 @@ def _probed(config: IndexConfig, location: Location, todo: pa.Table, report: Rep
     fan_out(
         shards,
         _probe_shard,
-        location / _SHARDS,
+        location / _PROBES,
         key=state.hexdigest(),
         state=functools.partial(Guard, config.limits.time_limit),
         on_progress=(lambda progress: report(progress.items, progress.total)) if report else None,
     )
-    return location.read_table(_SHARDS).select(_PROBED.names)
+    return location.read_table(_PROBES).select(_PROBED.names)
 
 
 def _probe_shard(spec: tuple[IndexConfig, list[str], list[str]], guard: Guard) -> ShardOutput:
@@ -279,6 +286,17 @@ def _clips(config: IndexConfig, listed: pa.Table, videos: pa.Table) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
+def _shares(config: IndexConfig, listed: pa.Table, videos: pa.Table) -> list[SourceShare]:
+    """How many clips each part of a mixture has, in the order of the rows."""
+    if not isinstance(config.source, MixtureSource):
+        return []
+    counts = pc.list_value_length(videos["starts"])
+    return [
+        SourceShare(int(pc.sum(counts.filter(pc.equal(listed["part"], name))).as_py() or 0), part.weight)
+        for name, part in config.source.parts.items()
+    ]
+
+
 def _splits(config: IndexConfig, listed: pa.Table) -> pa.ChunkedArray:
     """The source's own split of each video, else a drawn one that leaves neither side empty."""
     draws = listed["draw"].to_numpy()
@@ -321,18 +339,26 @@ def _key(config: IndexConfig) -> str:
 
 
 def _batches(videos: Iterator[Video], size: int) -> Iterator[list[Video]]:
-    while batch := list(islice(videos, size)):
-        yield batch
+    for _, part in groupby(videos, key=lambda video: video.part):
+        while batch := list(islice(part, size)):
+            yield batch
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """The stage: see `build_index`."""
-    return build_index(
-        context.config,
-        context.location,
-        context.seed,
-        lambda done, total: context.progress(done, total, "videos"),
+    """The stage: see `build_index` and `materialize`."""
+    config, location = context.config, context.location
+    counts = build_index(
+        config, location, context.seed, lambda done, total: context.progress(done, total, "videos")
     )
+    if config.materialize:
+        counts["undecodable"] = materialize(
+            location,
+            config.frames,
+            config.materialize,
+            config.limits,
+            lambda done, total: context.progress(done, total, "clips"),
+        )
+    return counts
 
 
 STAGE = Stage(

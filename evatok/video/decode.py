@@ -78,6 +78,11 @@ class ClipFormat(Config):
     )
     flip: bool = Field(default=False, description="mirror half of the clips left to right")
 
+    def drawn(self, draw: np.random.Generator | None) -> tuple[float, bool]:
+        """Where on the long side the square lies, 0 to 1, and whether the clip is mirrored."""
+        offset, mirror = (0.5, 1.0) if draw is None else draw.random(2)
+        return offset if self.crop == "random" else 0.5, self.flip and mirror < 0.5
+
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -154,10 +159,7 @@ def decode_clip(
     central and nothing is mirrored. Raises DecodeError.
     """
     limits = limits or MediaLimits()
-    offset, mirror = (0.5, 1.0) if draw is None else draw.random(2)
-    if clip_format.crop == "center":
-        offset = 0.5
-    mirrored = clip_format.flip and mirror < 0.5
+    offset, mirrored = clip_format.drawn(draw)
     try:
         return _cut(uri, start, clip_format, offset, mirrored, limits, seek=True)
     except _SeekMissedError:
@@ -256,8 +258,9 @@ def _opened(uri: str, limits: MediaLimits) -> Iterator[tuple[av.container.InputC
                 # Some good files carry text that is not UTF-8.
                 metadata_errors="replace",
                 options={"max_pixels": str(limits.pixels)},
-                # The frame rate is measured from timestamps, so libav need not decode to guess it.
-                container_options={"fpsprobesize": "0"},
+                # The frame rate is measured from timestamps, so libav need not decode to guess it. A playlist
+                # that calls itself a video must not make us ask other machines.
+                container_options={"fpsprobesize": "0", "protocol_whitelist": "file"},
                 timeout=limits.time_limit,
             ) as container,
         ):
@@ -277,7 +280,7 @@ def _opened(uri: str, limits: MediaLimits) -> Iterator[tuple[av.container.InputC
             yield container, stream
     except DecodeError:
         raise
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except PermissionError as error:
         raise DecodeError("missing", f"{uri}: {error.strerror or error}") from error
     except av.error.ExitError as error:
         raise DecodeError("timeout", f"{uri}: no answer within {limits.time_limit:g} s") from error

@@ -26,6 +26,7 @@ from evatok.video.order import ClipOrder, MixedOrder, Order
 
 CLIPS = "clips.parquet"
 REJECTED = "rejected.parquet"
+PREPARED = "prepared"  # clips decoded once, if anybody asked for that
 BAD = "bad"  # notes about clips that turned out to be dangerous when they were decoded
 _SOURCES = b"evatok-sources"
 
@@ -148,11 +149,18 @@ class ClipIndex:
 def write_index(
     location: Location, clips: pa.Table, rejected: pa.Table, sources: Sequence[SourceShare] = ()
 ) -> None:
-    """Publish both tables of an index, clips last. `sources`: of the rows, in their order, if several."""
-    location.delete(BAD)
+    """Publish both tables of an index, clips last. `sources`: of the rows, in their order, if several.
+
+    Where the same clips are there already, what was made from them stays too.
+    """
     location.write_bytes(REJECTED, _parquet(rejected.cast(REJECTED_SCHEMA)))
     shares = json.dumps([asdict(source) for source in sources])
-    location.write_bytes(CLIPS, _parquet(clips.cast(SCHEMA).replace_schema_metadata({_SOURCES: shares})))
+    data = _parquet(clips.cast(SCHEMA).replace_schema_metadata({_SOURCES: shares}))
+    if location.exists(CLIPS) and location.read_bytes(CLIPS) == data:
+        return
+    for stale in (BAD, PREPARED):
+        location.delete(stale)
+    location.write_bytes(CLIPS, data)
 
 
 def clip_starts(info: VideoInfo, clip_format: ClipFormat, stride: int, limit: int | None) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from fractions import Fraction
 from pathlib import Path
 
@@ -227,3 +228,18 @@ def test_frames_arrive_undamaged_from_a_file_cut_short(tmp_path: Path, write, mo
     assert 20 < count < 60
     clip = decode_clip(str(cut), float(probe(str(cut)).times[8]), SHORT)
     np.testing.assert_array_equal(clip, decoded(path)[8:16].transpose(1, 0, 2, 3))
+
+
+def test_a_playlist_in_disguise_reaches_no_other_machine(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/piece.ts"
+        playlist = tmp_path / "playlist.mp4"
+        lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:5", "#EXTINF:5,", address, "#EXT-X-ENDLIST"]
+        for name in ("playlist.mp4", "playlist.m3u8"):
+            playlist = tmp_path / name
+            playlist.write_text("\n".join(lines))
+            with pytest.raises(DecodeError):
+                probe(str(playlist), MediaLimits(time_limit=5))
+        with pytest.raises(TimeoutError):
+            server.accept()

@@ -21,7 +21,7 @@ class Video:
 
     `name`: unique in its source, stable over reruns. `split`: None lets the index draw one. `motion`: known
     complexity of each temporal block, for synthetic videos. `problem`: reason and detail for which it is
-    rejected without being looked for.
+    rejected without being looked for. `part`: of a mixture.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Video:
     split: str | None = None
     motion: tuple[float, ...] | None = None
     problem: tuple[Reason, str] | None = None
+    part: str = ""
 
 
 class Source(Protocol):

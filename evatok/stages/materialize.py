@@ -1,0 +1,76 @@
+"""Decode every clip of an index once, for data sets that fit on the storage."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from evatok.artifacts import Location
+from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, decode_clip
+from evatok.video.guard import Guard
+from evatok.video.index import PREPARED, ClipIndex
+from evatok.video.prepared import CLIPS_PER_FILE, PreparedClips, write_prepared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from evatok.distributed.fanout import ShardOutput
+
+_RECORDS = "prepared-records"
+
+
+def materialize(
+    location: Location,
+    frames: int,
+    size: int,
+    limits: MediaLimits,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Prepare the clips of the index in `location` at `size` pixels; needs a connected Ray.
+
+    What is prepared in this format already is kept. Returns how many clips could not be decoded.
+    """
+    from evatok.distributed.fanout import fan_out
+    from evatok.distributed.schedule import Shard
+
+    index = ClipIndex.open(location)
+    there = PreparedClips.open(location / PREPARED)
+    if there is not None and not there.serve(ClipFormat(frames=frames, size=size)):
+        location.delete(PREPARED)
+    spec = (index, ClipFormat(frames=frames, size=size), limits)
+    shards = [
+        Shard(f"{first:010d}.parquet", min(CLIPS_PER_FILE, len(index) - first), (*spec, first))
+        for first in range(0, len(index), CLIPS_PER_FILE)
+    ]
+    done = fan_out(
+        shards,
+        _prepare,
+        location / _RECORDS,
+        key=f"{index.version}-{frames}-{size}",
+        state=functools.partial(Guard, limits.time_limit),
+        on_progress=(lambda progress: on_progress(progress.items, progress.total)) if on_progress else None,
+    )
+    PreparedClips(location / PREPARED, frames, size).finish()
+    return len(done.rejected)
+
+
+def _prepare(spec: tuple[ClipIndex, ClipFormat, MediaLimits, int], guard: Guard) -> ShardOutput:
+    from evatok.distributed.fanout import ShardOutput
+
+    index, clip_format, limits, first = spec
+    rows = np.arange(first, min(first + CLIPS_PER_FILE, len(index)))
+    clips: list[NDArray[np.uint8] | None] = []
+    rejected = []
+    for clip in index.take(rows).to_pylist():
+        sampled = clip_format.model_copy(update={"fps": clip["fps"]})
+        try:
+            clips.append(guard(decode_clip, clip["uri"], clip["start"], sampled, None, limits))
+        except DecodeError as error:
+            clips.append(None)
+            rejected.append({"uri": clip["uri"], "code": error.code, "detail": error.detail})
+    write_prepared(index.location / PREPARED, first, clips)
+    return ShardOutput(pa.table({"row": rows}), rejected)

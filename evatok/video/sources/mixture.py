@@ -1,0 +1,41 @@
+"""Several sources in one index, whose clips take turns by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from evatok.artifacts import Location
+from evatok.config import Config
+from evatok.video.sources.folder import FolderSource
+from evatok.video.sources.kinetics import KineticsSource
+from evatok.video.sources.synthetic import SyntheticSource
+from evatok.video.sources.ucf101 import Ucf101Source
+from evatok.video.sources.video import Video
+from evatok.video.sources.webvid import WebVidSource
+
+OneSource = Annotated[
+    FolderSource | KineticsSource | SyntheticSource | Ucf101Source | WebVidSource,
+    Field(discriminator="kind"),
+]
+
+
+class Part(Config):
+    source: OneSource
+    weight: float = Field(default=1.0, gt=0, description="how often its turn comes, relative to the others")
+
+
+class MixtureSource(Config):
+    """The videos of all parts; a clip of each comes as often as its weight says, however large it is."""
+
+    kind: Literal["mixture"] = "mixture"
+    parts: dict[str, Part] = Field(min_length=1, description="sources by a name of your own")
+
+    def videos(self, workspace: Location) -> Iterator[Video]:
+        """Names begin with the part's."""
+        for name, part in self.parts.items():
+            for video in part.source.videos(workspace):
+                yield replace(video, name=f"{name}/{video.name}", part=name)
