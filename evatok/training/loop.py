@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from evatok.config import OPERATIONAL, Config, problems
 from evatok.errors import UserError
@@ -26,32 +26,52 @@ class TrainConfig(Config):
     """How a model is trained; what it is trained on is the stage's business."""
 
     steps: int = Field(ge=1, description="optimizer steps")
-    global_batch: int = Field(128, ge=1, description="clips per step over all workers (EVATok Sec. H: 128)")
-    micro_batch: Annotated[int | None, OPERATIONAL] = Field(
-        None, ge=1, description="clips per forward pass of one worker; default: its whole share of a step"
+    global_batch: int = Field(
+        default=128, ge=1, description="clips per step over all workers (EVATok Sec. H: 128)"
     )
-    lr: float = Field(1e-4, gt=0, description="peak learning rate (EVATok Sec. H)")
-    final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step (EVATok Sec. H)")
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up; EVATok states none")
-    schedule: Shape = Field("cosine", description="cosine, or wsd: constant, then 1 - sqrt to final_lr")
-    decay: float = Field(0.2, gt=0, le=1, description="share of the steps that wsd decays (EVATok Sec. H)")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW (GigaTok; EVATok states none)")
-    weight_decay: float = Field(1e-4, ge=0, description="on matrices only (GigaTok; EVATok states none)")
-    clip: float = Field(10.0, ge=0, description="largest gradient norm, 0 for none (GigaTok)")
-    ema: float = Field(0.9999, ge=0, lt=1, description="decay of averaged weights, 0 for none (GigaTok)")
+    micro_batch: Annotated[int | None, OPERATIONAL] = Field(
+        default=None,
+        ge=1,
+        description="clips per forward pass of one worker; default: its whole share of a step",
+    )
+    lr: float = Field(default=1e-4, gt=0, description="peak learning rate (EVATok Sec. H)")
+    final_lr: float = Field(default=1e-6, ge=0, description="learning rate of the last step (EVATok Sec. H)")
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up; EVATok states none")
+    schedule: Shape = Field(
+        default="cosine", description="cosine, or wsd: constant, then 1 - sqrt to final_lr"
+    )
+    decay: float = Field(
+        default=0.2, gt=0, le=1, description="share of the steps that wsd decays (EVATok Sec. H)"
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW (GigaTok; EVATok states none)")
+    weight_decay: float = Field(
+        default=1e-4, ge=0, description="on matrices only (GigaTok; EVATok states none)"
+    )
+    clip: float = Field(default=10.0, ge=0, description="largest gradient norm, 0 for none (GigaTok)")
+    ema: float = Field(
+        default=0.9999, ge=0, lt=1, description="decay of averaged weights, 0 for none (GigaTok)"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the computation; auto is bf16 on GPUs that have it, else fp32"
+        default="auto", description="of the computation; auto is bf16 on GPUs that have it, else fp32"
     )
     zero_stage: Annotated[Literal[0, 1, 2, 3], OPERATIONAL] = Field(
-        0, description="DeepSpeed ZeRO stage of the model; a discriminator always has stage 0"
+        default=0, description="DeepSpeed ZeRO stage of the model; a discriminator always has stage 0"
     )
-    max_skipped: int = Field(10, ge=1, description="non-finite losses in a row that end the run")
+    compile: Annotated[bool, OPERATIONAL] = Field(default=False, description="torch.compile the modules")
+    recompute: Annotated[bool, OPERATIONAL] = Field(
+        default=False, description="keep each layer's input only and run the layer again in backward"
+    )
+    max_skipped: int = Field(default=10, ge=1, description="non-finite losses in a row that end the run")
     log_every: Annotated[int, OPERATIONAL] = Field(
-        50, ge=1, description="steps that a curve's point averages"
+        default=50, ge=1, description="steps that a curve's point averages"
     )
-    eval_every: Annotated[int, OPERATIONAL] = Field(0, ge=0, description="steps between evaluations, 0: none")
-    checkpoint_every: Annotated[int, OPERATIONAL] = Field(1000, ge=1, description="steps")
-    keep_checkpoints: Annotated[int, OPERATIONAL] = Field(2, ge=1, description="newest checkpoints kept")
+    eval_every: Annotated[int, OPERATIONAL] = Field(
+        default=0, ge=0, description="steps between evaluations, 0: none"
+    )
+    checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=1000, ge=1, description="steps")
+    keep_checkpoints: Annotated[int, OPERATIONAL] = Field(
+        default=2, ge=1, description="newest checkpoints kept"
+    )
 
     def problems(self, workers: int) -> Iterator[tuple[str, str]]:
         """(key, what is wrong and what is allowed) for everything one field's type cannot say."""
@@ -153,9 +173,22 @@ class _Run:
         torch.manual_seed(seed)
         self.engines = {
             name: Engine(module, self._options(name, bf16), world, saved.engines[name] if saved else None)
-            for name, module in task.build(world.device).items()
+            for name, module in self._prepared(task.build(world.device)).items()
         }
         self.modules = {name: engine.forward for name, engine in self.engines.items()}
+
+    def _prepared(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        for name, module in modules.items():
+            layers = [part for part in module.modules() if hasattr(part, "recompute")]
+            if self.config.recompute and name == "model" and not layers:
+                raise UserError(
+                    "train.recompute: this model has no layers that it can run again; set it false"
+                )
+            for part in layers:
+                part.recompute = self.config.recompute  # type: ignore[assignment]
+            if self.config.compile:
+                module.compile(dynamic=True)
+        return modules
 
     def _options(self, name: str, bf16: bool) -> EngineOptions:
         main = name == "model"

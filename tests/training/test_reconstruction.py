@@ -79,10 +79,9 @@ def test_the_exported_tokenizer_loads_and_is_the_averaged_one(tmp_path: Path) ->
     _, trained = run(tmp_path / "run", built)
     built.export(trained.weights, tmp_path / "model")
     loaded = VideoTokenizer.from_pretrained(tmp_path / "model")
-    name = "encoder.layers.0.mlp.0.weight"
     state = loaded.state_dict()
-    assert set(state) == set(trained.weights)
-    assert all(torch.equal(state[key], trained.weights[key]) for key in state), name
+    assert {f"tokenizer.{key}" for key in state} == set(trained.weights)
+    assert all(torch.equal(state[key], trained.weights[f"tokenizer.{key}"]) for key in state)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["frames"] == 8
 
 
@@ -92,3 +91,94 @@ def test_assignments_follow_the_position_whatever_the_batch(tmp_path: Path) -> N
     whole = assign(clips, torch.arange(8))
     halves = [assign(clips[:4], torch.arange(4)), assign(clips[4:], torch.arange(4, 8))]
     assert torch.equal(whole, torch.cat(halves))
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of tiny random encoders of the real classes."""
+    from transformers import VideoMAEConfig, VideoMAEModel, VJEPA2Config, VJEPA2Model
+
+    folder = tmp_path_factory.mktemp("encoders")
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    VideoMAEModel(
+        VideoMAEConfig(image_size=16, patch_size=8, num_frames=8, intermediate_size=48, **shape)
+    ).save_pretrained(folder / "videomae")
+    VJEPA2Model(
+        VJEPA2Config(crop_size=16, patch_size=4, frames_per_clip=8, pred_num_hidden_layers=1, **shape)
+    ).save_pretrained(folder / "vjepa2")
+    return {name: str(folder / name) for name in ("videomae", "vjepa2")}
+
+
+def adversarial_task(encoders: dict[str, str], kind: str) -> TokenizerTask:
+    adversary = {"kind": kind, "start": 2, "every": 2, "rate": 0.5}
+    if kind == "transformer":
+        adversary |= {"network": "nano", "patch": (4, 4, 4)}
+    else:
+        adversary |= {"source": encoders["videomae"], "taps": (0, 1, 2)}
+    teacher = {"source": encoders["vjepa2"], "size": 16}
+    return task(adversarial=0.3, adversary=adversary, alignment=0.7, teacher=teacher)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "videomae"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_whole_recipe_trains_and_resumes_bit_for_bit(
+    encoders: dict[str, str], tmp_path: Path, kind: str, stage: int
+) -> None:
+    built = adversarial_task(encoders, kind)
+    whole, trained = run(tmp_path, built, zero_stage=stage)
+    assert [("adversarial" in row, "discriminator" in row) for row in whole if row["split"] == "train"] == [
+        (False, False),
+        (False, False),
+        (True, True),
+        (True, False),
+        (True, True),
+        (True, False),
+    ]
+    Location.parse(tmp_path).delete("step-000000006")
+    resumed, _ = run(tmp_path, built, zero_stage=stage)
+    assert resumed.losses == whole.losses[3:]
+    built.export(trained.weights, tmp_path / "model")
+    assert not any(
+        "alignment" in name for name in VideoTokenizer.from_pretrained(tmp_path / "model").state_dict()
+    )
+
+
+@pytest.mark.parametrize("kind", ["transformer", "videomae"])
+def test_every_trained_parameter_gets_a_gradient_and_no_frozen_one_does(
+    encoders: dict[str, str], kind: str
+) -> None:
+    check_gradients(adversarial_task(encoders, kind), clips_at(torch.arange(4)), step=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transformer", "videomae"])
+def test_a_step_of_the_papers_recipe_at_the_papers_size(tmp_path: Path, kind: str) -> None:
+    from transformers import VideoMAEConfig, VideoMAEModel, VJEPA2Config, VJEPA2Model
+
+    VideoMAEModel(VideoMAEConfig()).save_pretrained(tmp_path / "videomae")
+    large = VJEPA2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, crop_size=256)
+    VJEPA2Model(large).save_pretrained(tmp_path / "vjepa2")
+    adversary = {"kind": kind} | ({"source": str(tmp_path / "videomae")} if kind == "videomae" else {})
+    terms = {"adversary": adversary, "teacher": {"source": str(tmp_path / "vjepa2")}}
+    paper = TokenizerConfig()
+    space = AssignmentSpace(paper.choices, paper.blocks)
+    built = TokenizerTask(paper, LossConfig(perceptual_kind="dssim", **terms), RandomAssignments(space, 1))
+    clips = torch.randint(0, 256, (1, 3, 16, 128, 128), dtype=torch.uint8)
+    check_gradients(built, {"clip": clips, "position": torch.arange(1)}, step=0)
+
+
+def check_gradients(built: TokenizerTask, batch: Batch, step: int) -> None:
+    torch.manual_seed(0)
+    modules = built.build(torch.device("cpu"))
+    seen = []
+    for name, loss, _ in built.losses(modules, batch, step):
+        assert torch.isfinite(loss)
+        loss.backward()
+        seen.append(name)
+        others = [module for other, module in modules.items() if other not in seen]
+        assert all(p.grad is None for module in others for p in module.parameters())
+    assert seen == ["model", "discriminator"]
+    for module in modules.values():
+        for name, parameter in module.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert all(p.grad is None for p in built._teacher.parameters())
