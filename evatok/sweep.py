@@ -41,7 +41,10 @@ class SweepConfig(Config):
         default_factory=dict, description="dotted keys of the experiment, for all trials"
     )
     stages: tuple[str, ...] = Field(default=("router",), min_length=1, description="what each trial runs")
-    space: dict[str, Parameter] = Field(min_length=1, description="dotted keys of the experiment to search")
+    space: dict[str, Parameter] = Field(
+        min_length=1,
+        description="dotted keys of the experiment to search; several in one, with commas, get one value",
+    )
     objectives: dict[str, Mode] = Field(min_length=1, description="metrics of the last stage: min or max")
     trials: int = Field(ge=1, description="how many in all")
     searcher: Literal["random", "optuna"] = "random"
@@ -230,7 +233,9 @@ class _Reporter:
 
 
 def _assignments(settings: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    return [
+        f"{key.strip()}={json.dumps(value)}" for keys, value in settings.items() for key in keys.split(",")
+    ]
 
 
 def _claim(sweep: Sweep) -> None:

@@ -75,6 +75,11 @@ def test_changing_the_kind_of_a_section_drops_the_other_kinds_keys(write):
     assert load(path, Sample, ["source.kind=folder", "source.path=x"]).source == Folder(path="x")
 
 
+def test_anchors_and_merge_keys_work_as_in_yaml(write):
+    text = "name: a\ntrain: &t {batch: 2, lr: 0.5}\nsize:\n  <<: *t\n  lr: 0.25\n"
+    assert load(write("a.yaml", text), Sample).size == Train(batch=2, lr=0.25)
+
+
 def test_dump_reads_back_equal(write):
     config = load(write("a.yaml", "name: a\nsource: {kind: folder, path: p}\n"), Sample, ["train.lr=1e-7"])
     assert load(write("b.yaml", dump(config)), Sample) == config

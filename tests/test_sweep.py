@@ -82,6 +82,19 @@ def test_best_trial_goes_on_as_a_run(write, toy_chain):
     assert [trial["settings"]["router.lr"] for trial in summary["trials"]] != []
 
 
+def test_keys_that_must_agree_are_searched_as_one(write):
+    sweep = open_sweep(write('{"router.lr, index.reward": {choice: [2, 3]}}'))
+    trial = sweep.trial({"router.lr, index.reward": 3})
+    assert (trial.router.lr, trial.index.reward) == (3.0, 3.0)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_budget", "router", "token_budget"])
+def test_shipped_sweeps_are_valid(name):
+    root = Path(__file__).parents[1]
+    sweep = open_sweep(root / "experiments/sweeps" / f"{name}.yaml")
+    assert sweep.shared == ["index", "proxy", "curate"][: 1 if name == "token_budget" else 3]
+
+
 def test_objective_that_no_stage_reports_is_named(write, toy_chain):
     sweep = open_sweep(write(), ["objectives={psnr: max}"])
     sweeps.experiments.run(sweep.base, sweeps._Reporter(lambda *_: None), until="index")
