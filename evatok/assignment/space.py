@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from evatok.errors import UserError
@@ -94,16 +95,15 @@ class AssignmentSpace:
         return range(start, start + size)
 
 
-def hashed(positions: Tensor, seed: int, count: int) -> "np.ndarray[tuple[int, int], np.dtype[np.uint64]]":
+def hashed(positions: Tensor, seed: int, count: int) -> NDArray[np.uint64]:
     """``count`` uniform 64-bit numbers for each position [B], a pure function of (seed, position).
 
     A counter-based generator: the splitmix64 finaliser over counters spaced by the golden ratio.
     """
     start = np.uint64(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
-    draws: np.ndarray[tuple[int, int], np.dtype[np.uint64]]
-    draws = positions.cpu().numpy().astype(np.uint64)[:, None] * np.uint64(count)
-    draws = draws + np.arange(1, count + 1, dtype=np.uint64)
-    mixed = start + draws * _GOLDEN
+    own: NDArray[np.uint64] = positions.cpu().numpy().astype(np.uint64)
+    draws = np.add.outer(own * np.uint64(count), np.arange(1, count + 1, dtype=np.uint64))
+    mixed: NDArray[np.uint64] = start + draws * _GOLDEN
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

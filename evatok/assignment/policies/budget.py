@@ -39,7 +39,7 @@ class IlpPolicy(MeasuringPolicy):
         m = len(sources.space.choices)
 
         def below_maximum(nodes: Nodes) -> Tensor:
-            return (nodes.prefix == m**nodes.depth - 1)[:, None].expand(-1, m)
+            return nodes.prefix.eq(m**nodes.depth - 1)[:, None].expand(-1, m)
 
         tree.grow(below_maximum)
 
@@ -50,7 +50,7 @@ class IlpPolicy(MeasuringPolicy):
         losses = torch.stack([loss[:, -m:] for loss in self.losses(evidence)], 1)  # [B, T, m]
         total = affordable(self.budget, len(losses), space, self.kind)
         chosen = spend(-losses.flatten(0, 1), torch.tensor(space.choices), total, exactly=True)
-        return torch.tensor(space.choices)[chosen].unflatten(0, (-1, space.blocks))
+        return torch.tensor(space.choices)[chosen].view(-1, space.blocks)
 
     def sweep(self, sources: Sources) -> list[BasePolicy]:
         return [self.model_copy(update={"budget": budget}) for budget in budgets(sources.space)]

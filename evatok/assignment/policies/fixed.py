@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from scipy.optimize import brentq
 from torch import Tensor
@@ -108,7 +109,7 @@ def extremes(space: AssignmentSpace) -> tuple[int, int]:
     return space.blocks * space.choices[0], space.blocks * space.choices[-1]
 
 
-def tilted(space: AssignmentSpace, tokens: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def tilted(space: AssignmentSpace, tokens: float) -> NDArray[np.float64]:
     """Probabilities [m] of the choices: mean ``tokens / blocks``, highest entropy (an exponential tilt)."""
     lowest, highest = extremes(space)
     if not lowest < tokens < highest:
@@ -117,7 +118,7 @@ def tilted(space: AssignmentSpace, tokens: float) -> np.ndarray[tuple[int], np.d
         )
     share = np.array(space.choices, dtype=np.float64) / space.choices[-1]
 
-    def probabilities(tilt: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def probabilities(tilt: float) -> NDArray[np.float64]:
         weights = np.exp(tilt * share - np.max(tilt * share))
         return np.asarray(weights / weights.sum())
 

@@ -142,7 +142,7 @@ class _Bounded:
 
         def on_way(nodes: Nodes) -> Tensor:
             child = index[nodes.clip] // self.choices ** (self.space.blocks - nodes.depth - 1)
-            return (self._children(nodes) == child[:, None]) & ~self._known(nodes)
+            return self._children(nodes).eq(child[:, None]) & ~self._known(nodes)
 
         self.tree.grow(on_way, keep=True)
 
@@ -166,8 +166,8 @@ class _Bounded:
         rewards = self._rewards()
         found = rewards.masked_fill(~self._seen(self.space.blocks - 1), -torch.inf).amax(1)
         bounds = rewards.unflatten(1, (self.choices ** (nodes.depth + 1), -1)).amax(-1)
-        bound = bounds[nodes.clip[:, None], self._children(nodes)]
-        return (bound >= found[nodes.clip, None]) & ~self._known(nodes)
+        bound: Tensor = bounds[nodes.clip[:, None], self._children(nodes)]
+        return bound.ge(found[nodes.clip, None]) & ~self._known(nodes)
 
     def _rewards(self) -> Tensor:
         """[B, size]: the reward of every assignment, or the most it can be as far as is known."""

@@ -220,7 +220,8 @@ def leaf_losses(losses: Sequence[Tensor]) -> Tensor:
 def targets(clips: Tensor, blocks: int) -> Tensor:
     """Clips [B, C, F, H, W], uint8 or float in [0, 1] -> float blocks [B, T, C, P, H, W] in [0, 1]."""
     pixels = clips.float() / 255 if clips.dtype == torch.uint8 else clips.float()
-    return pixels.unflatten(2, (blocks, -1)).transpose(1, 2)
+    parts: Tensor = pixels.unflatten(2, (blocks, -1)).transpose(1, 2)
+    return parts
 
 
 def nodes_at_once(tokenizer: VideoTokenizer, memory: int) -> int:
