@@ -24,6 +24,7 @@ from evatok.training.checkpoint import FolderCheckpoints, TrainState
 from evatok.training.curves import ROW_KEYS, Sink
 from evatok.training.loop import TrainConfig, Trained, train
 from evatok.training.tasks import Batch, Task
+from evatok.training.tracking import trackers
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
@@ -70,7 +71,7 @@ def fit(
     Returns the last metrics. Raises UserError for what is the user's to mend (a diverged loss among it).
     """
     config.check(max(1, workers))
-    job = _Job(task, config, location, seed, max(1, int(cpus_per_worker)))
+    job = _Job(task, config, location, run_id, seed, max(1, int(cpus_per_worker)))
     storage = location / CHECKPOINTS
     if workers == 0:
         return _fit_here(job, stream, evaluation, storage / run_id, listener)
@@ -114,8 +115,12 @@ class _Job:
     task: Task
     config: TrainConfig
     location: Location
+    run_id: str
     seed: int
     threads: int
+
+    def sinks(self) -> list[Sink]:
+        return [CurveWriter(self.location), *trackers(self.config.trackers, self.location, self.run_id)]
 
     def batches(self, dataset: DataIterator | Dataset, size: int) -> Iterator[Batch]:
         return iter(
@@ -150,7 +155,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     held_out = []
     if settings["evaluate"]:
         held_out = list(job.batches(ray.train.get_dataset_shard(EVALUATION), micro))
-    sinks: list[Sink] = [CurveWriter(job.location)] if first else []
+    sinks = job.sinks() if first else []
     if first and settings["queue"] is not None:  # an empty queue is false
         sinks.append(_QueueSink(settings["queue"]))
     try:
@@ -178,7 +183,7 @@ def _fit_here(
     listener: Listener | None,
 ) -> dict[str, float]:
     config, micro = job.config, job.config.micro(1)
-    sinks: list[Sink] = [CurveWriter(job.location)]
+    sinks = job.sinks()
     if listener:
         sinks.append(_ListenerSink(listener, config.steps))
     trained = train(

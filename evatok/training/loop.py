@@ -20,6 +20,7 @@ from evatok.training.curves import Curves, Sink, mean_over_ranks
 from evatok.training.engine import Engine, EngineOptions, World, join_world
 from evatok.training.schedules import Shape, learning_rate
 from evatok.training.tasks import Batch, Task
+from evatok.training.tracking import Tracker
 
 
 class TrainConfig(Config):
@@ -67,6 +68,9 @@ class TrainConfig(Config):
     )
     eval_every: Annotated[int, OPERATIONAL] = Field(
         default=0, ge=0, description="steps between evaluations, 0: none"
+    )
+    trackers: Annotated[tuple[Tracker, ...], OPERATIONAL] = Field(
+        default=(), description="tensorboard, wandb (offline unless WANDB_MODE says otherwise)"
     )
     checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=1000, ge=1, description="steps")
     keep_checkpoints: Annotated[int, OPERATIONAL] = Field(
