@@ -14,11 +14,14 @@ from pydantic import Field
 
 from evatok.config import OPERATIONAL, Config
 from evatok.models.generator import Generator, GeneratorConfig, NetworkConfig
+from evatok.models.layers import TransformerSize
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.stages.stage import Description, Stage, StageContext
 from evatok.training.generation import GenerationTask
 from evatok.training.loop import TrainConfig
 from evatok.training.token_table import count_rows, mean_tokens, read_vocabulary
+
+PAPER_SIZES = ("B", "L", "L-plus")
 
 
 class GeneratorStageConfig(Config):
@@ -68,24 +71,31 @@ def _check(config: GeneratorStageConfig, experiment: Any) -> Iterator[tuple[str,
 
 
 def _describe(config: GeneratorStageConfig, experiment: Any) -> Description:
-    shape, tokens = experiment.tokenizer.model, experiment.tokens
+    shape = experiment.tokenizer.model
     with torch.device("meta"):
-        model = Generator(
-            GeneratorConfig(
-                network=config.network,
-                codes=VideoTokenizer(shape).codes,
-                choices=shape.choices,
-                blocks=shape.blocks,
-                condition=tokens.condition,
-            )
-        )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+        codes = VideoTokenizer(shape).codes
+
+    def counted(network: NetworkConfig) -> tuple[int, int]:
+        """Parameters and positions."""
+        known = {"codes": codes, "choices": shape.choices, "blocks": shape.blocks}
+        model_config = GeneratorConfig(network=network, condition=experiment.tokens.condition, **known)
+        with torch.device("meta"):
+            model = Generator(model_config)
+        return sum(parameter.numel() for parameter in model.parameters()), model_config.positions
+
+    parameters, longest = counted(config.network)
+    presets = {
+        f"generator_{name}": counted(
+            config.network.model_copy(update={"size": TransformerSize.preset(name)})
+        )[0]
+        for name in PAPER_SIZES
+    }
     clips = config.train.steps * config.train.global_batch
-    longest = model.config.positions
     return Description(
-        models={"generator": parameters},
+        models={"generator": parameters, **presets},
         compute=6.0 * parameters * clips * longest,
         notes=(
+            f"generator_{', generator_'.join(PAPER_SIZES)}: what the presets would have here",
             f"compute: at most, for sequences of {longest:,} tokens",
             f"not counted: an embedding of {config.network.size.width} numbers per class of the index",
         ),

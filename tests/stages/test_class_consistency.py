@@ -18,7 +18,7 @@ from evatok.training.generation import GenerationTask
 from evatok.training.schedules import learning_rate
 from evatok.video.synthetic import KINDS, render
 
-SIZE, CLIPS, HELD_OUT = 32, 3000, 300
+SIZE, CLIPS, HELD_OUT = 32, 2000, 300
 
 
 def synthetic(count, seed):
@@ -61,7 +61,7 @@ def train_classifier(clips, labels):
         rows = batch_rows(step, 32)
         return functional.cross_entropy(network(clips[rows].float() / 255), labels[rows])
 
-    optimise(network.parameters(), 400, 3e-3, loss)
+    optimise(network.parameters(), 300, 3e-3, loss)
     return network.eval()
 
 
@@ -85,7 +85,7 @@ def train_tokenizer(clips):
         output = tokenizer(clips[rows], assignment)
         return functional.l1_loss(output.reconstruction, clips[rows] / 255) + sum(output.losses.values())
 
-    optimise(tokenizer.parameters(), 1500, 1e-3, loss)
+    optimise(tokenizer.parameters(), 800, 2e-3, loss)
     return tokenizer.eval(), space
 
 
@@ -121,7 +121,7 @@ def train_generator(tokenizer, tokens, labels):
         [(_, value, _)] = task.losses({"model": model}, batch, step)
         return value
 
-    optimise(model.parameters(), 1500, 1e-3, loss)
+    optimise(model.parameters(), 800, 2e-3, loss)
     return model
 
 
