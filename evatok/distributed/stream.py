@@ -42,12 +42,14 @@ def ordered_stream(
     count: int,
     rows_per_block: int,
     num_cpus: float = 1.0,
+    label_selector: dict[str, str] | None = None,
 ) -> ray.data.Dataset:
     """The positions start, ..., start + count - 1 of `order` as rows, fetched lazily by tasks.
 
     `fetch(positions [n], rows [n])` runs in a task for every block of exactly `rows_per_block` positions (the
     last may be shorter) and returns columns of n values each, to which `position` int64 is added. It must be
-    picklable and depend on its arguments alone. `num_cpus`: logical CPUs that a task holds.
+    picklable and depend on its arguments alone. `num_cpus`: logical CPUs that a task holds. `label_selector`:
+    labels of the nodes that may run the tasks.
     """
     positions = ray.data.range(count, override_num_blocks=max(1, count // _POSITIONS_PER_READ))
     # The context is the dataset's own: nobody else's executions change. A consumer may be slow for as long
@@ -59,6 +61,7 @@ def ordered_stream(
         fn_kwargs={"order": order, "fetch": fetch, "start": start},
         batch_size=None,
         num_cpus=num_cpus,
+        label_selector=label_selector,
     )
 
 
@@ -74,6 +77,7 @@ def clip_stream(
     labels: Sequence[str] | None = None,
     limits: MediaLimits | None = None,
     num_cpus: float = 1.0,
+    label_selector: dict[str, str] | None = None,
 ) -> ray.data.Dataset:
     """The clips at the positions start, ..., start + count - 1 of `order` over `index`, decoded in tasks.
 
@@ -86,7 +90,13 @@ def clip_stream(
         raise ValueError(f"an order of {order.clips} clips for an index of {len(index)}")
     fetch = ClipFetch(index, clip_format, seed, tuple(labels) if labels is not None else None, limits)
     return ordered_stream(
-        order, fetch, start=start, count=count, rows_per_block=rows_per_block, num_cpus=num_cpus
+        order,
+        fetch,
+        start=start,
+        count=count,
+        rows_per_block=rows_per_block,
+        num_cpus=num_cpus,
+        label_selector=label_selector,
     )
 
 

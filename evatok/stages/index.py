@@ -292,7 +292,9 @@ def _shares(config: IndexConfig, listed: pa.Table, videos: pa.Table) -> list[Sou
         return []
     counts = pc.list_value_length(videos["starts"])
     return [
-        SourceShare(int(pc.sum(counts.filter(pc.equal(listed["part"], name))).as_py() or 0), part.weight)
+        SourceShare(
+            name, int(pc.sum(counts.filter(pc.equal(listed["part"], name))).as_py() or 0), part.weight
+        )
         for name, part in config.source.parts.items()
     ]
 

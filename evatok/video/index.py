@@ -56,6 +56,7 @@ _GROUPS_KEPT = 64
 class SourceShare:
     """`clips` rows of an index that come from one source, and how often its turn comes in the order."""
 
+    name: str
     clips: int
     weight: float
 
@@ -135,6 +136,17 @@ class ClipIndex:
         if len(parts) < 2:
             return ClipOrder(len(self), seed)
         return MixedOrder(tuple(clips for clips, _ in parts), tuple(weight for _, weight in parts), seed)
+
+    def part(self, name: str) -> ClipIndex:
+        """The clips of one part of a mixture. Raises UserError when there is no such part."""
+        sources = _file(self.location.uri, self.version).sources
+        edges = np.cumsum([0, *(source.clips for source in sources)])
+        names = [source.name for source in sources]
+        if name not in names:
+            raise UserError(f"{self.location}: no part {name!r} in this index; there are {names or 'none'}.")
+        low, high = edges[names.index(name) : names.index(name) + 2]
+        held = np.arange(self.rows) if self.selected is None else self.selected
+        return replace(self, selected=held[(held >= low) & (held < high)])
 
     def known_bad(self) -> frozenset[int]:
         """Rows of the whole index whose decoding took a process down or never ended, here or elsewhere."""

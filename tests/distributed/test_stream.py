@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +16,9 @@ import pytest
 
 from evatok.artifacts import Location
 from evatok.video.decode import ClipFormat, decode_clip, probe
-from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
+from evatok.video.index import PREPARED, REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.order import ClipOrder
+from evatok.video.prepared import PreparedClips
 from evatok.video.synthetic import write_videos
 
 FORMAT = ClipFormat(frames=8, size=32)
@@ -166,6 +170,29 @@ class _Deadly:
         return decode_clip(uri, start, *rest)
 
 
+def test_prepared_clips_give_the_same_stream(ray_cluster, index, tmp_path):
+    from evatok.stages.materialize import materialize
+    from evatok.video.decode import MediaLimits
+
+    location = Location.parse(tmp_path)
+    rows = index.take(np.arange(len(index))).drop_columns("row")
+    write_index(location, rows, REJECTED_SCHEMA.empty_table())
+    fresh = ClipIndex.open(location)
+    flipped = ClipFormat(frames=8, size=32, flip=True)
+
+    def read() -> list[dict[str, np.ndarray]]:
+        return list(batches(stream(fresh, start=5, count=20, rows_per_block=4, clip_format=flipped), 4))
+
+    decoded = read()
+    assert materialize(location, 8, 32, MediaLimits()) == 0
+    prepared = PreparedClips.open(location / PREPARED)
+    assert prepared is not None
+    assert not prepared.serve(ClipFormat(frames=8, size=24))
+    for one, other in zip(decoded, read(), strict=True):
+        for name, column in one.items():
+            np.testing.assert_array_equal(column, other[name])
+
+
 def test_data_that_moved_away_ends_the_stream_with_a_reason(ray_cluster, index, tmp_path):
     rows = index.take(np.arange(len(index))).drop_columns("row")
     gone = pa.array([f"/gone/{k}.mp4" for k in range(len(index))])
@@ -191,3 +218,86 @@ def test_an_order_for_another_index_is_refused(index):
 
     with pytest.raises(ValueError, match="order of 3 clips"):
         clip_stream(index, ClipOrder(3, 0), FORMAT, start=0, count=4, rows_per_block=4, seed=0)
+
+
+class _Trainer:
+    """A training worker without the training: notes the clips of every step."""
+
+    def read(self, shard, rank: int, size: int, first_step: int, diary: str) -> None:
+        for step, batch in enumerate(batches(shard, size), start=first_step):
+            rows = {int(p): int(r) for p, r in zip(batch["position"], batch["row"])}
+            partial = Path(diary, f".{step:03d}-{rank}")
+            partial.write_text(json.dumps(rows))
+            partial.rename(Path(diary, f"{step:03d}-{rank}.json"))
+
+
+def _steps(diary: Path, workers: int) -> dict[int, dict[int, int]]:
+    """position -> row of every step that all workers have finished."""
+    files: dict[int, list[Path]] = {}
+    for file in diary.glob("*.json"):
+        files.setdefault(int(file.name[:3]), []).append(file)
+    return {
+        step: {int(p): row for file in found for p, row in json.loads(file.read_text()).items()}
+        for step, found in files.items()
+        if len(found) == workers
+    }
+
+
+def test_a_run_that_is_killed_and_resumed_with_other_workers_sees_the_clips_of_an_undisturbed_one(
+    ray_cluster, index, tmp_path
+):
+    import ray
+
+    global_batch, last_step, checkpoint_every = 8, 24, 3
+    seen: dict[int, dict[int, int]] = {}
+    step = 0
+    for attempt, (workers, killed_after) in enumerate(((2, 7), (4, 14), (1, None))):
+        diary = tmp_path / str(attempt)
+        diary.mkdir()
+        dataset = stream(
+            index,
+            start=step * global_batch,
+            count=(last_step - step) * global_batch,
+            rows_per_block=global_batch // workers // 2,
+        )
+        shards = dataset.streaming_split(workers, equal=True)
+        trainers = [ray.remote(num_cpus=0)(_Trainer).remote() for _ in shards]
+        running = [
+            trainer.read.remote(shard, rank, global_batch // workers, step, str(diary))
+            for rank, (trainer, shard) in enumerate(zip(trainers, shards))
+        ]
+        if killed_after is None:
+            ray.get(running)
+        else:
+            while max(_steps(diary, workers), default=0) < killed_after:
+                time.sleep(0.05)
+            for trainer in trainers:
+                ray.kill(trainer)
+        finished = _steps(diary, workers)
+        resumed_from = last_step if killed_after is None else (max(finished) + 1) // checkpoint_every * 3
+        seen |= {number: rows for number, rows in finished.items() if number < resumed_from}
+        step = resumed_from
+    undisturbed = index.order(0).rows(0, last_step * global_batch)
+    assert sorted(seen) == list(range(last_step))
+    for number, rows in seen.items():
+        positions = range(number * global_batch, (number + 1) * global_batch)
+        assert [rows[position] for position in positions] == undisturbed[positions].tolist(), number
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_fifty_thousand_clips(ray_cluster, index):
+    import psutil
+
+    tiny = ClipFormat(frames=4, size=16)
+    dataset = stream(index, start=0, count=50_000, rows_per_block=50, clip_format=tiny)
+    resident: list[float] = []
+    for number, _ in enumerate(batches(dataset, 50)):
+        if number % 50 == 49:
+            family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            workers = [
+                process for process in family if "ray::" in process.name() or process.pid == os.getpid()
+            ]
+            resident.append(sum(process.memory_info().rss for process in workers) / 2**20)
+    print(f"resident MiB every 2,500 clips: {[round(value) for value in resident]}")
+    assert len(resident) == 20
+    assert max(resident[10:]) < 1.1 * max(resident[2:10])

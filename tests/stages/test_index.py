@@ -96,6 +96,25 @@ def test_synthetic_videos_bring_their_truth(ray_cluster, tmp_path):
     assert build_index(config, location, seed=0)["probed"] == 0
 
 
+def test_a_mixture_remembers_whose_turn_comes_how_often(ray_cluster, videos, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    shutil.copy(sorted(videos.glob("*.mp4"))[0], few)
+    parts = {
+        "many": {"source": {"kind": "folder", "path": str(videos)}, "weight": 1},
+        "few": {"source": {"kind": "folder", "path": str(few)}, "weight": 3},
+    }
+    config = IndexConfig.model_validate({"source": {"kind": "mixture", "parts": parts}, "test_fraction": 0})
+    counts = build_index(config, Location.parse(tmp_path / "index"), seed=0)
+    assert counts["videos"] == 9
+    index = ClipIndex.open(Location.parse(tmp_path / "index")).select(split="train")
+    order = index.order(seed=1)
+    assert (order.parts, order.weights) == ((16, 2), (1.0, 3.0))
+    assert len(index.part("few")) == 2
+    rows = index.take(order.rows(0, 1000))
+    assert sum(name.startswith("few/") for name in rows["clip_id"].to_pylist()) == 750
+
+
 def test_folders_without_a_usable_video_are_the_users_to_mend(ray_cluster, tmp_path):
     empty = tmp_path / "nothing"
     empty.mkdir()

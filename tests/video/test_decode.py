@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 
 from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, decode_clip, probe
@@ -243,3 +244,23 @@ def test_a_playlist_in_disguise_reaches_no_other_machine(tmp_path):
                 probe(str(playlist), MediaLimits(time_limit=5))
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_decoding_keeps_no_memory(tmp_path, write, moving):
+    path = str(write(tmp_path / "video.mp4", moving(40, height=96, width=96)))
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(Path(path).read_bytes()[:3000])
+
+    def resident() -> float:
+        return psutil.Process().memory_info().rss / 2**20
+
+    def work(times: int) -> None:
+        for k in range(times):
+            decode_clip(path, 0.5 + 0.01 * (k % 5), SHORT)
+            with pytest.raises(DecodeError):
+                decode_clip(str(bad), 0.0, SHORT)
+
+    work(60)
+    before = resident()
+    work(400)
+    assert resident() < before + 20
