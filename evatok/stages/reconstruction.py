@@ -17,7 +17,6 @@ from evatok.training.loop import TrainConfig
 from evatok.training.reconstruction import Assigner, TokenizerTask
 from evatok.video.decode import ClipFormat
 from evatok.video.index import ClipIndex
-from evatok.video.order import ClipOrder
 
 
 class TokenizerTraining(Config):
@@ -56,7 +55,7 @@ def train_tokenizer(
     return fit(
         TokenizerTask(config.model, config.losses, assignments),
         config.train,
-        partial(clip_stream, clips, ClipOrder(len(clips), context.seed), form, seed=context.seed),
+        partial(clip_stream, clips, clips.order(context.seed), form, seed=context.seed),
         location=context.location,
         run_id=context.run_id,
         seed=context.seed,
@@ -66,7 +65,7 @@ def train_tokenizer(
         evaluation=partial(
             clip_stream,
             held_out,
-            ClipOrder(len(held_out), 0),
+            held_out.order(0),
             whole,
             seed=0,
             start=0,

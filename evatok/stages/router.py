@@ -24,7 +24,6 @@ from evatok.training.loop import TrainConfig
 from evatok.training.routing import RouterTask
 from evatok.video.decode import ClipFormat
 from evatok.video.index import ClipIndex
-from evatok.video.order import ClipOrder
 
 
 class RouterStageConfig(Config):
@@ -82,7 +81,7 @@ def run(context: StageContext) -> dict[str, Any]:
             seed=context.seed,
         ),
         config.train,
-        partial(clip_stream, clips, ClipOrder(len(clips), context.seed), form, seed=context.seed),
+        partial(clip_stream, clips, clips.order(context.seed), form, seed=context.seed),
         location=context.location,
         run_id=context.run_id,
         seed=context.seed,
@@ -92,7 +91,7 @@ def run(context: StageContext) -> dict[str, Any]:
         evaluation=partial(
             clip_stream,
             held_out,
-            ClipOrder(len(held_out), 0),
+            held_out.order(0),
             form,
             seed=0,
             start=0,
