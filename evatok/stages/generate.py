@@ -233,6 +233,7 @@ def _fan_out(context: StageContext, producer: Producer, work: Any, target: str, 
         context.location / target,
         key=context.run_id,
         state=producer,
+        cpus=context.resources.cpus_per_task,
         gpus=config.gpu_per_task if context.resources.use_gpu else 0.0,
         on_progress=report,
     )

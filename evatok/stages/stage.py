@@ -39,6 +39,9 @@ class Resources(Config):
     cpus_per_worker: float = Field(
         default=1, gt=0, description="logical CPUs that each training worker holds"
     )
+    cpus_per_task: float = Field(
+        default=1, gt=0, description="logical CPUs that a task of curation or evaluation holds"
+    )
     use_gpu: bool = Field(default=False, description="one GPU per training worker and per curation task")
     groups: Groups = Field(default=Groups(), description="on a cluster with labelled node groups")
 

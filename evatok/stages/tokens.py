@@ -161,6 +161,7 @@ def run(context: StageContext) -> dict[str, Any]:
         context.location / ROWS,
         key=context.run_id,
         state=encoder,
+        cpus=context.resources.cpus_per_task,
         gpus=config.gpu_per_task if use_gpu else 0.0,
         on_progress=report,
     )
