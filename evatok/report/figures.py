@@ -39,8 +39,10 @@ _LOOKS: dict[str, tuple[str, str, str]] = {  # name: (colour, marker, dash)
 
 def look(policy: str) -> tuple[str, str, str]:
     """(CSS colour variable, marker, dash pattern) of a policy; unknown names get one by their letters."""
-    if policy in _LOOKS:
-        return _LOOKS[policy]
+    kind, _, variant = policy.partition("-")
+    if kind in _LOOKS:
+        hue, shape, dash = _LOOKS[kind]
+        return hue, shape, "6 2" if variant else dash
     mixed = sum((i + 1) * ord(c) for i, c in enumerate(policy))
     return f"--p{2 + mixed % 8}", MARKERS[mixed % len(MARKERS)], "6 2"
 

@@ -1,0 +1,363 @@
+"""Evaluate: every policy on the same held-out clips.
+
+The clips are those of curate's test split, so the proxy's quality of every assignment is known. One pass
+scores the final tokenizer in the same way and gathers what the policies go by; every policy and setting is
+then read off the tables, on both tokenizers.
+
+Leaves ``table/`` (quality of all assignments with the final tokenizer, see ``assignment.table``),
+``clips.parquet`` (a row per policy, setting and clip; ``final_*`` is of the final tokenizer),
+``policies.json`` (the curves), ``summary.json``
+(headline numbers with intervals) and ``samples.json`` with ``samples/*.mp4`` (policies side by side).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from evatok import weights
+from evatok.artifacts import Location, read_manifest
+from evatok.assignment.policies import BasePolicy, Evidence, Policy, Sources, default_policies
+from evatok.assignment.reward import HIGHER_IS_BETTER, RewardWeights, reward
+from evatok.assignment.table import RewardRows, RewardTable
+from evatok.config import OPERATIONAL, Config
+from evatok.errors import UserError
+from evatok.metrics.comparison import Comparison, Point
+from evatok.metrics.frechet import I3D, FeatureStatistics, frechet_distance, precision_recall
+from evatok.metrics.perceptual import load_quality
+from evatok.models.tokenizer import VideoTokenizer
+from evatok.stages.judge import Judge, Setting, film_clip, score_clips, take_features, to_evidence
+from evatok.stages.sources import load_model, policy_sources
+from evatok.stages.stage import Stage, StageContext
+from evatok.video.index import ClipIndex
+
+if TYPE_CHECKING:
+    from evatok.distributed.fanout import Progress, ShardOutput
+    from evatok.distributed.schedule import Shard
+
+CLIPS_PER_TASK = 4  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
+
+
+class EvaluateConfig(Config):
+    policies: tuple[Policy, ...] = Field((), description="what is compared; empty compares all that can run")
+    samples: int = Field(6, ge=0, description="clips shown under the policies side by side")
+    sample_policies: tuple[str, ...] = Field(
+        ("uniform", "static", "router", "oracle"), description="policies shown on the samples"
+    )
+    frechet: bool = Field(
+        False, description="Frechet distance, precision and recall by I3D features (needs the weights i3d)"
+    )
+    gpu_per_task: Annotated[float, OPERATIONAL] = Field(
+        1.0, gt=0, le=1, description="share of a GPU that a task holds, with resources.use_gpu"
+    )
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Score, compare, film; returns the headline metrics."""
+    judge, known = assemble(context)
+    rewards = all_rewards(known, judge.sources, context.experiment.curate.reward.weights)
+    final, evidence = score(context, judge, known)
+    points = [measure(setting, evidence, judge.sources, final, known, rewards) for setting in judge.settings]
+    metric = judge.metrics[0].name
+    comparison = Comparison(
+        points,
+        rewards.amax(1).numpy(),
+        rewards.amin(1).numpy(),
+        metric,
+        HIGHER_IS_BETTER[metric],
+        context.seed,
+    )
+    location, space = context.location, judge.sources.space
+    location.write_table("clips.parquet", per_clip(known, points))
+    policies = {"metric": metric, "metrics": list(final), "choices": space.choices, "blocks": space.blocks}
+    location.write_json("policies.json", {**policies, "clips": len(known), "policies": comparison.policies()})
+    summary = comparison.summary()
+    for policy, distances in compare_features(context, judge, known, points).items():
+        summary["policies"][policy] |= distances
+    location.write_json("summary.json", summary)
+    if context.config.samples:
+        film(context, judge, known, points, rewards)
+    return headlines(summary)
+
+
+def evaluation(run: Location) -> dict[str, Any]:
+    """What ``evatok eval --json`` prints: {"clips", "metric", "policies", "generated" if there is any}.
+
+    Per policy: reward_percentile, mean_tokens, the metrics and the token savings {value, low, high} against
+    uniform and static on the proxy, the same under "final" for the final tokenizer.
+    """
+    summary: dict[str, Any] = (run / "evaluate").read_json("summary.json")
+    del summary["headline"]
+    generated = read_manifest(run / "generate")
+    if generated is not None and generated.state == "done":
+        summary["generated"] = generated.metrics
+    return summary
+
+
+def headlines(summary: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers of ``summary.json`` that a stage's end shows."""
+    head = summary["headline"]
+    found = {
+        "clips": summary["clips"],
+        "best_uniform_percentile": head["best_uniform"]["reward_percentile"],
+        "best_uniform_reward": head["best_uniform"]["reward"],
+        "oracle_reward": head["oracle_reward"],
+        "quality_rises_with_tokens": head["rises_with_tokens"],
+    }
+    for name, entry in summary["policies"].items():
+        found[f"{name}_percentile"] = entry["reward_percentile"]
+        for reference in ("uniform", "static"):
+            if saving := entry[f"token_saving_vs_{reference}"]:
+                found[f"{name}_token_saving_vs_{reference}"] = saving["value"]
+    return found
+
+
+def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
+    """The models and policies, and the proxy's table of the held-out clips."""
+    config: EvaluateConfig = context.config
+    reward_config = context.experiment.curate.reward
+    table = RewardTable.open(context.inputs["curate"].location / "table")
+    known = table.select("test").load()
+    if not len(known):
+        raise UserError(
+            "evaluate judges policies on curate's held-out clips, and there are none: set curate.clips.test "
+            "above 0 and let the index have a test split"
+        )
+    sources = policy_sources(context.inputs, reward_config)
+    judge = Judge(
+        index=ClipIndex.open(context.inputs["index"].location),
+        tokenizer=load_model(VideoTokenizer, context.inputs["tokenizer"].location),
+        metrics=tuple(load_quality(name) for name in dict.fromkeys((reward_config.quality, *table.metrics))),
+        sources=sources,
+        settings=tuple(swept(config.policies or default_policies(sources), sources)),
+        features=I3D(weights.find("i3d")) if config.frechet else None,
+        device="cuda" if context.resources.use_gpu else "cpu",
+    )
+    return judge, known
+
+
+def score(context: StageContext, judge: Judge, known: RewardRows) -> tuple[dict[str, Tensor], Evidence]:
+    """Of N clips: quality [N, size] with the final tokenizer, and what the policies go by."""
+    from evatok.distributed.schedule import Shard
+
+    shards = [
+        Shard(f"{start:08d}-{stop:08d}.parquet", stop - start, (start, known.row[start:stop].numpy()))
+        for start, stop in ranges(len(known))
+    ]
+    fan_out_over(context, shards, score_clips, "table", judge, "clips")
+    quality = RewardTable.open(context.location / "table").load([m.name for m in judge.metrics]).quality
+    return quality, to_evidence(context.location.read_table("table"))
+
+
+def swept(policies: Sequence[BasePolicy], sources: Sources) -> list[Setting]:
+    """Every policy along its knob, and at its own value of it."""
+    found = []
+    kinds = [policy.kind for policy in policies]
+    for policy in policies:
+        name = policy.kind if kinds.count(policy.kind) == 1 else long_name(policy)
+        values = dict.fromkeys([*policy.sweep(sources), policy])
+        found += [Setting(name, value, headline=value == policy) for value in values]
+    return found
+
+
+def long_name(policy: BasePolicy) -> str:
+    """The kind with what differs from its defaults: tells two policies of one kind apart."""
+    fields = type(policy).model_fields
+    changed = [
+        str(value)
+        for key, value in policy
+        if key not in ("kind", policy.knob) and value != fields[key].default
+    ]
+    return "-".join([policy.kind, *changed])
+
+
+def measure(
+    setting: Setting,
+    evidence: Evidence,
+    sources: Sources,
+    final: dict[str, Tensor],
+    known: RewardRows,
+    rewards: Tensor,
+) -> Point:
+    """What the setting assigns to the clips, and what comes of it by the tables of all assignments."""
+    policy = setting.policy
+    assignment = policy.assign(evidence, sources)
+    index = sources.space.index(assignment).unsqueeze(1)
+    knob = getattr(policy, policy.knob)
+    return Point(
+        policy=setting.name,
+        label=f"{policy.knob} {knob:g}",
+        knob=float(knob),
+        headline=setting.headline,
+        deployable=not policy.oracle,
+        assignment=assignment.numpy(),
+        quality={name: looked_up(known.quality[name], index) for name in final},
+        final={name: looked_up(table, index) for name, table in final.items()},
+        reward=looked_up(rewards, index),
+    )
+
+
+def looked_up(table: Tensor, index: Tensor) -> NDArray[np.float64]:
+    """table: [N, size], index: int64 [N, 1] -> [N]."""
+    values: NDArray[np.float64] = table.double().gather(1, index).squeeze(1).numpy()
+    return values
+
+
+def all_rewards(known: RewardRows, sources: Sources, weights: RewardWeights) -> Tensor:
+    """The proxy reward of every assignment of every clip: float64 [N, size]."""
+    assert sources.metric is not None
+    assert sources.statistics is not None
+    metric = sources.metric.name
+    quality = known.quality[metric].double()
+    return reward(quality, sources.space.totals(), metric, weights, sources.statistics)
+
+
+def per_clip(known: RewardRows, points: Sequence[Point]) -> pa.Table:
+    """The long table: for every point its clips in their order."""
+    tables = []
+    for point in points:
+        columns: dict[str, Any] = {
+            "clip_id": known.clip_id,
+            "policy": [point.policy] * len(known),
+            "label": [point.label] * len(known),
+            "knob": np.full(len(known), point.knob),
+            "headline": [point.headline] * len(known),
+            "assignment": pa.array(point.assignment.tolist(), pa.list_(pa.int32())),
+            "tokens": point.assignment.sum(1),
+            **point.quality,
+            **{f"final_{name}": values for name, values in point.final.items()},
+            "reward": point.reward,
+        }
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables)
+
+
+def compare_features(
+    context: StageContext, judge: Judge, known: RewardRows, points: Sequence[Point]
+) -> dict[str, dict[str, float]]:
+    """Per policy at its headline setting: how far the set of reconstructions is from the originals."""
+    from evatok.distributed.schedule import Shard
+
+    if judge.features is None:
+        return {}
+    shown = [point for point in points if point.headline]
+    shards = [
+        Shard(
+            f"{start:08d}-{stop:08d}.parquet",
+            stop - start,
+            (known.row[start:stop].numpy(), [point.assignment[start:stop] for point in shown]),
+        )
+        for start, stop in ranges(len(known))
+    ]
+    fan_out_over(context, shards, take_features, "features", judge, "clips")
+    table = context.location.read_table("features")
+    original = torch.from_numpy(np.stack(table["original"].to_numpy()))
+    found = {}
+    for number, point in enumerate(shown):
+        features = torch.from_numpy(np.stack(table[str(number)].to_numpy()))
+        distance = frechet_distance(FeatureStatistics.of(original), FeatureStatistics.of(features))
+        precision, recall = precision_recall(original, features)
+        values = {"frechet": distance, "precision": precision, "recall": recall}
+        found[point.policy] = {f"{key}[{judge.features.name}]": value for key, value in values.items()}
+    return found
+
+
+def film(
+    context: StageContext, judge: Judge, known: RewardRows, points: Sequence[Point], rewards: Tensor
+) -> None:
+    """Write clips under several policies, from the one whose best assignment is shortest to the longest."""
+    from evatok.distributed.schedule import Shard
+
+    config: EvaluateConfig = context.config
+    shown = [
+        point
+        for name in config.sample_policies
+        for point in points
+        if point.headline and point.policy == name
+    ]
+    order = judge.sources.space.totals()[rewards.argmax(1)].argsort(stable=True).numpy()
+    chosen = order[
+        np.unique(np.linspace(0, len(order) - 1, min(config.samples, len(order))).round().astype(int))
+    ]
+    shards = [
+        Shard(f"{i:04d}.parquet", 1, (known.row[clip].item(), [point.assignment[clip] for point in shown]))
+        for i, clip in enumerate(chosen)
+    ]
+    fan_out_over(context, shards, film_clip, "films", judge, "samples")
+    metric = judge.metrics[0].name
+    rows = judge.index.take(known.row[chosen].numpy()).to_pylist()
+    clips = []
+    for i, (clip, row) in enumerate(zip(chosen, rows)):
+        films = context.location.read_table(f"films/{i:04d}.parquet")["mp4"].to_pylist()
+        names = [f"samples/{i:02d}-{name}.mp4" for name in ("original", *(point.policy for point in shown))]
+        for name, film in zip(names, films):
+            context.location.write_bytes(name, film)
+        columns = [
+            {
+                "policy": point.policy,
+                "label": point.label,
+                "assignment": point.assignment[clip].tolist(),
+                "tokens": int(point.assignment[clip].sum()),
+                "quality": float(point.final[metric][clip]),
+                "video": name,
+            }
+            for point, name in zip(shown, names[1:])
+        ]
+        clips.append(
+            {"clip_id": row["clip_id"], "motion": row["motion"], "original": names[0], "policies": columns}
+        )
+    size = judge.tokenizer.config.size
+    context.location.write_json(
+        "samples.json", {"metric": metric, "width": size, "height": size, "clips": clips}
+    )
+    context.location.delete("films")
+
+
+def ranges(clips: int) -> list[tuple[int, int]]:
+    """The clips of every task: [start, stop)."""
+    return [(start, min(start + CLIPS_PER_TASK, clips)) for start in range(0, clips, CLIPS_PER_TASK)]
+
+
+def fan_out_over(
+    context: StageContext,
+    shards: Sequence[Shard],
+    work: Callable[[Any, Any], ShardOutput],
+    target: str,
+    judge: Judge,
+    unit: str,
+) -> None:
+    """The shards of this stage, with its resources and progress."""
+    from evatok.distributed.fanout import fan_out
+
+    use_gpu = context.resources.use_gpu
+
+    def report(progress: Progress) -> None:
+        context.progress(progress.items, progress.total, unit, per_second=progress.rate)
+
+    fan_out(
+        shards,
+        work,
+        context.location / target,
+        key=context.run_id,
+        state=judge,
+        cpus=context.resources.cpus_per_task,
+        gpus=context.config.gpu_per_task if use_gpu else 0.0,
+        on_progress=report,
+    )
+
+
+STAGE = Stage(
+    name="evaluate",
+    config=EvaluateConfig,
+    run=run,
+    inputs=("index", "proxy", "curate", "router", "tokenizer"),
+    reads=("curate.reward",),
+    outputs=("clips.parquet", "policies.json", "summary.json", "samples.json", "samples/", "table/"),
+)
