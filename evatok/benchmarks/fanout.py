@@ -25,7 +25,7 @@ from pydantic import Field
 from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.distributed import cluster
-from evatok.distributed.fanout import FanOutSummary, Job, ShardOutput, fan_out, make_shard
+from evatok.distributed.fanout import Job, ShardOutput, fan_out, make_shard
 from evatok.distributed.schedule import Attempt, Schedule, Shard, shard_ranges
 from evatok.metrics.perceptual import load_quality
 from evatok.models.layers import TransformerSize
@@ -77,17 +77,19 @@ def run(config: FanoutBenchConfig) -> dict[str, Any]:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that start from here
     most = max(config.workers)
     result: dict[str, Any] = {"workers": {}}
-    with tempfile.TemporaryDirectory() as folder, cluster.connected(cpus=most):
+    with tempfile.TemporaryDirectory() as folder, cluster.connected(cpus=most) as found:
         scorer = _scorer(Path(folder), most * config.tasks_per_worker * config.clips_per_task)
-        fan_out(_shards(config, most), score, Location.parse(folder) / "warm", key="k", state=scorer)
+        place, each = Location.parse(folder), found.cpus / most
+        fan_out(_shards(config, most), score, place / "warm", key="k", state=scorer, cpus=each)
         task_seconds: list[float] = []
         for workers in config.workers:
             shards = _shards(config, workers)
             plain, with_ray = [], []
             for turn in range(config.rounds):
-                target = Location.parse(folder) / f"{workers}-{turn}"
+                target = place / f"{workers}-{turn}"
                 plain.append(_plain(Job(score, scorer, target / "plain", "k"), shards, workers))
-                summary = fan_out(shards, score, target / "ray", key="k", state=scorer, cpus=most / workers)
+                cpus = found.cpus / workers
+                summary = fan_out(shards, score, target / "ray", key="k", state=scorer, cpus=cpus)
                 with_ray.append(summary.seconds)
                 task_seconds += [record.seconds for record in summary.records]
             ray_seconds, plain_seconds = statistics.median(with_ray), statistics.median(plain)
@@ -97,7 +99,8 @@ def run(config: FanoutBenchConfig) -> dict[str, Any]:
                 "ray_seconds": ray_seconds,
                 "clips_per_second": sum(shard.items for shard in shards) / ray_seconds,
             }
-        empty = _empty(config.empty_tasks, Location.parse(folder) / "empty")
+        nothing = [Shard(f"{i:06d}.parquet", 1, i) for i in range(config.empty_tasks)]
+        empty = fan_out(nothing, _nothing, place / "empty", key="k", cpus=each)
     measured = statistics.median(task_seconds)
     cost = (most * empty.seconds - empty.busy) / len(empty.records)
     result["overhead"] = {
@@ -223,7 +226,3 @@ def _plain_worker(job: Job, shards: Sequence[Shard], ready: Barrier) -> None:
 
 def _nothing(spec: int, state: None) -> ShardOutput:
     return ShardOutput(pa.table({"n": [spec]}))
-
-
-def _empty(tasks: int, target: Location) -> FanOutSummary:
-    return fan_out([Shard(f"{i:06d}.parquet", 1, i) for i in range(tasks)], _nothing, target, key="k")

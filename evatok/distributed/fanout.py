@@ -132,15 +132,17 @@ def fan_out(
     state: Callable[[], Any] | None = None,
     cpus: float = 1.0,
     gpus: float = 0.0,
+    label_selector: dict[str, str] | None = None,
     retries: int = 3,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> FanOutSummary:
     """Publish every shard as ``target/<shard.name>``; needs a connected Ray.
 
-    ``work(shard.spec, state)`` runs in a task that holds ``cpus`` and ``gpus`` (fractions allowed); it must
-    be deterministic and importable on the workers. ``state`` is called once per worker process; arrays inside
-    it travel once per node. ``key`` identifies all that the rows depend on: a whole shard with the same key
-    is kept, any other Parquet file in ``target``, a folder of this fan-out alone, is made again or removed.
+    ``work(shard.spec, state)`` runs in a task that holds ``cpus`` and ``gpus`` (fractions allowed) on a node
+    with the labels of ``label_selector``; it must be deterministic and importable on the workers. ``state``
+    is called once per worker process; arrays inside it travel once per node. ``key`` identifies all that the
+    rows depend on: a whole shard with the same key is kept, any other Parquet file in ``target``, a folder of
+    this fan-out alone, is made again or removed.
 
     A task that fails is tried ``retries`` times more; one lost with its node is always tried again.
     Raises FanOutError when shards are missing at the end, at once when the storage is full.
@@ -152,7 +154,9 @@ def fan_out(
     schedule = Schedule(_shuffled([shard for shard in shards if shard.name in missing]), retries)
     total = sum(shard.items for shard in shards)
     handle = ray.put(Job(work, state, target, key))
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=0)(_run_shard)
+    task = ray.remote(
+        num_cpus=cpus, num_gpus=gpus, label_selector=label_selector, max_retries=0, max_calls=0
+    )(_run_shard)
     running: dict[ray.ObjectRef, Attempt] = {}
     failures: dict[str, str] = {}
     slots, resized, reported = _slots(cpus, gpus), started, 0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -120,6 +120,7 @@ class Scorer:
 def run(context: StageContext) -> dict[str, Any]:
     """Score all assignments of the drawn clips in Ray tasks; returns the headline metrics."""
     from evatok.distributed.fanout import fan_out
+    from evatok.distributed.metrics import FanOutMetrics
     from evatok.distributed.schedule import Shard
 
     config: CurateConfig = context.config
@@ -136,10 +137,20 @@ def run(context: StageContext) -> dict[str, Any]:
     parts = divide(len(rows), *_task_sizes(context), space)
     split = any(part.prefix for part in parts)
 
+    metrics = FanOutMetrics(context.run_id, assignments=space.size)
+
     def report(progress: Progress) -> None:
+        """Shards count their assignments; people count clips."""
+        clips = replace(
+            progress,
+            items=progress.items // space.size,
+            total=progress.total // space.size,
+            rate=progress.rate / space.size,
+        )
+        metrics(clips)
         context.progress(
-            progress.items // space.size,
-            progress.total // space.size,
+            clips.items,
+            clips.total,
             "clips",
             assignments_per_second=progress.rate,
             retries=progress.retries,
@@ -159,7 +170,9 @@ def run(context: StageContext) -> dict[str, Any]:
         context.location / ("parts" if split else "table"),
         key=context.run_id,
         state=scorer,
+        cpus=context.resources.cpus_per_task,
         gpus=config.gpu_per_task if use_gpu else 0.0,
+        label_selector=context.resources.groups.selector("curate"),
         on_progress=report,
     )
     if split:

@@ -70,6 +70,7 @@ def test_parts_of_the_space_join_side_by_side():
         for cut in (slice(0, 5), slice(5, 25))
     ]
     assert side_by_side(parts).equals(to_table(whole))
+    assert side_by_side([part.slice(0, 0) for part in parts]).schema == to_table(whole).schema
     with pytest.raises(ValueError, match="different clips"):
         side_by_side([parts[0], parts[1].slice(1)])
 
