@@ -31,6 +31,7 @@ from evatok.models.tokens import Tokens
 from evatok.stages.judge import encoded
 from evatok.stages.sources import load_model
 from evatok.stages.stage import Stage, StageContext
+from evatok.stages.tokens import open_clips
 from evatok.training.token_table import read_rows
 from evatok.video.decode import ClipFormat, decode_clip
 from evatok.video.index import ClipIndex
@@ -138,7 +139,7 @@ def assemble(context: StageContext) -> Producer:
     return Producer(
         generator=generator,
         tokenizer=load_model(VideoTokenizer, context.inputs["tokenizer"].location),
-        index=ClipIndex.open(context.inputs["index"].location),
+        index=open_clips(context),
         config=config,
         features=I3D(weights.find("i3d")) if config.frechet else None,
         condition=condition,

@@ -40,7 +40,8 @@ def run(context: StageContext) -> dict[str, Any]:
     config: GeneratorStageConfig = context.config
     tokens = context.inputs["tokens"].location
     vocabulary = read_vocabulary(tokens)
-    held_out = min(config.held_out, count_rows(tokens, "test"))
+    ranks = max(1, context.resources.workers)
+    held_out = min(config.held_out, count_rows(tokens, "test")) // ranks * ranks
     task = GenerationTask(
         GeneratorConfig(network=config.network, **dict(vocabulary)),
         mean_tokens=mean_tokens(tokens, "train"),

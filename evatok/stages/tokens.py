@@ -44,6 +44,7 @@ ENCODED_AT_ONCE = (
 
 
 class TokensConfig(Config):
+    part: str | None = Field(None, description="only this part of a mixture; none: all clips of the index")
     policy: Policy = Field(RouterPolicy(), description="what assigns tokens to every clip")
     passes: int = Field(
         1, ge=1, description="times each training clip is encoded: once plain, then with random crop and flip"
@@ -165,8 +166,9 @@ def run(context: StageContext) -> dict[str, Any]:
         gpus=config.gpu_per_task if use_gpu else 0.0,
         on_progress=report,
     )
+    rejected = {item["uri"] + item["detail"]: item for item in done.rejected}  # once, not in every pass
     context.location.write_table(
-        "rejected.parquet", pa.Table.from_pylist(list(done.rejected), REJECTED_SCHEMA)
+        "rejected.parquet", pa.Table.from_pylist(list(rejected.values()), REJECTED_SCHEMA)
     )
     tokenizer = encoder.tokenizer
     vocabulary = TokenVocabulary(
@@ -181,17 +183,24 @@ def run(context: StageContext) -> dict[str, Any]:
     context.location.write_json(VOCABULARY, vocabulary.model_dump(mode="json"))
     return {
         "clips": done.rows,
-        "rejected": len(done.rejected),
+        "rejected": len(rejected),
         "classes": len(encoder.labels),
         "mean_tokens": mean_tokens(context.location, "train"),
         "clips_per_second": (done.items - done.kept) / done.seconds,
     }
 
 
+def open_clips(context: StageContext) -> ClipIndex:
+    """The clips that the generator learns from."""
+    index = ClipIndex.open(context.inputs["index"].location)
+    part = context.experiment.tokens.part
+    return index if part is None else index.part(part)
+
+
 def assemble(context: StageContext) -> Encoder:
     """The index and the models."""
     config: TokensConfig = context.config
-    index = ClipIndex.open(context.inputs["index"].location)
+    index = open_clips(context)
     return Encoder(
         index=index,
         tokenizer=load_model(VideoTokenizer, context.inputs["tokenizer"].location),
