@@ -136,11 +136,19 @@ class QFormer(nn.Module):
         self.layers = cast("list[QFormerLayer]", layers)
         self.norm = nn.LayerNorm(size.width)
         self.recompute = False
-        self.apply(_initialise)
-        for layer in self.layers:  # keeps the residual stream's variance from growing with depth
-            for name, weight in layer.named_parameters():
-                if name.endswith(("out.weight", "mlp.2.weight")):
-                    nn.init.normal_(weight, std=0.02 / (2 * size.layers) ** 0.5)
+        self._initialise(size)
+
+    def _initialise(self, size: TransformerSize) -> None:
+        # The usual 0.02 belongs to a width of about 700; narrow models would start too quiet with it.
+        std = 0.5 * size.width**-0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith(("out.weight", "mlp.2.weight")):
+                # Keeps the variance of the residual stream from growing with its 3 branches per layer.
+                nn.init.trunc_normal_(parameter, std=std * (3 * size.layers) ** -0.5)
+            elif parameter.ndim > 1:
+                nn.init.trunc_normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -161,9 +169,3 @@ class QFormer(nn.Module):
             if number == tap:
                 tapped = x
         return self.norm(x), tapped
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

@@ -97,7 +97,7 @@ class AlignmentHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Decoder features ``[B, T * h * w, D]`` -> ``[B, T * steps * h * w, width]`` as the teacher gives."""
+        """Decoder features ``[B, T * h * w, D]`` -> ``[B, T * steps * h * w, width]``, as the teacher's."""
         projected = torch.unflatten(self.project(features), -1, (self.steps, -1))
         return torch.unflatten(projected, 1, (-1, self.cells)).transpose(2, 3).flatten(1, 3)
 

@@ -153,6 +153,8 @@ class VideoTokenizer(PretrainedModel):
         self.pixel_position = nn.Parameter(torch.randn(config.blocks, config.patches, width) * width**-0.5)
         self.decoder = QFormer(config.decoder)
         self.to_pixels = nn.Linear(width, config.voxels)
+        nn.init.zeros_(self.to_pixels.bias)
+        nn.init.normal_(self.to_pixels.weight, std=0.002)  # reconstructions start grey, not as noise
 
     @property
     def choices(self) -> tuple[int, ...]:
