@@ -7,13 +7,14 @@ token depends on the clip's seed and the token's place alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from evatok.config import Config
+from evatok.config import OPERATIONAL, Config
 from evatok.errors import UserError
 from evatok.models.generator import Generator, GeneratorConfig
 from evatok.models.sequence import NO_CLASS, PackedSequences, read_sequence, write_sequences
@@ -32,7 +33,9 @@ class SamplingConfig(Config):
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance; 1: off. Paper: 2.5 for B, 1.75 for larger models"
     )
-    slots: int = Field(64, ge=1, description="clips sampled at once")
+    slots: Annotated[int, OPERATIONAL] = Field(
+        32, ge=1, description="clips sampled at once; each holds keys and values of a whole sequence"
+    )
 
 
 @dataclass(frozen=True)
