@@ -225,12 +225,14 @@ def run(
     *,
     until: str | None = None,
     redo: str | None = None,
+    refresh: str | None = None,
     address: str | None = None,
 ) -> RunResult:
     """Bring the experiment's stages to done, in order, and write the report.
 
     ``until``: the last stage to run. ``redo``: delete this stage's artifact, and those of all stages that
-    read it directly or not, and make them anew. ``address``: of the Ray cluster (``distributed.cluster``).
+    read it directly or not, and make them anew. ``refresh``: run this stage in its folder even if it is done;
+    refused once other stages have read it. ``address``: of the Ray cluster (``distributed.cluster``).
     Raises UserError when a stage drifted or another process is running this experiment.
     """
     for option, name in (("--until", until), ("--redo", redo)):
@@ -247,11 +249,13 @@ def run(
                 (experiment.location / name).delete()
         planned = plan(experiment)
         _refuse_drift(planned, experiment)
+        if refresh is not None:
+            _refuse_stale_readers(planned, experiment, refresh)
         experiment.location.write_bytes("experiment.yaml", dump(experiment).encode())
         results, connection = [], False
         finished: dict[str, Artifact] = {}
         for entry in planned:
-            if entry.state == "done":
+            if entry.state == "done" and entry.name != refresh:
                 assert entry.manifest is not None
                 finished[entry.name] = Artifact(entry.location, entry.manifest)
                 results.append(_result(entry.manifest, skipped=True))
@@ -273,7 +277,7 @@ def run_stage(
     entry: PlannedStage, experiment: Experiment, inputs: dict[str, Artifact], listener: Listener
 ) -> Artifact:
     """Run one stage to its published artifact. ``inputs``: at least the finished stages that it reads."""
-    began = entry.manifest or Manifest(
+    began = Manifest(
         stage=entry.name,
         state="started",
         config=_settings(entry.stage, experiment),
@@ -281,9 +285,10 @@ def run_stage(
         inputs=entry.inputs,
         versions=artifacts.versions(),
         seed=experiment.seed,
-        started=datetime.now(timezone.utc),
+        started=entry.manifest.started if entry.manifest else datetime.now(timezone.utc),
     )
     artifacts.publish(entry.location, began)
+    entry.location.delete(artifacts.MANIFEST)
     clock = time.monotonic()
     metrics = entry.stage.run(
         StageContext(
@@ -334,6 +339,16 @@ def _refuse_drift(planned: Sequence[PlannedStage], experiment: Experiment) -> No
         "or keep it and give this experiment another name (--set name=...), or undo the change.",
     ]
     raise UserError("\n".join(lines))
+
+
+def _refuse_stale_readers(planned: Sequence[PlannedStage], experiment: Experiment, name: str) -> None:
+    begun = [entry.name for entry in planned if entry.name != name and entry.state != "missing"]
+    stale = [reader for reader in _with_readers(experiment, name) if reader in begun]
+    if stale:
+        raise UserError(
+            f"{', '.join(stale)} of {experiment.location.uri} already read what {name} made. To make it and "
+            f"them anew: evatok run ... --redo {name}; or give this experiment another name (--set name=...)."
+        )
 
 
 def _connect(stack: ExitStack, experiment: Experiment, listener: Listener, address: str | None) -> None:

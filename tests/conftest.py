@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import shutil
+import socket
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -23,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 _scratch = tempfile.TemporaryDirectory(prefix="evatok-tests-")
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -56,6 +64,7 @@ def ray_cluster() -> Iterator[str]:
     import ray
 
     context = ray.init(
+        address="local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=400 * 2**20,
@@ -146,3 +155,106 @@ def toy_chain(monkeypatch: pytest.MonkeyPatch) -> Iterator[ToyChain]:
 def _write_toy_report(run: Location) -> str:
     run.write_bytes("report.html", b"report")
     return f"{run.uri}/report.html"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head node of the test's own: its address, its job server, and the folder of its logs."""
+
+    address: str
+    dashboard: str
+    metrics_port: int
+    folder: str
+    start_node: Callable[..., None]
+
+
+@pytest.fixture
+def start_ray(tmp_path: Path) -> Iterator[Callable[..., Head]]:
+    """``start_ray("--num-cpus=0", env={...})`` is ``ray start --head``; ends with the test, and nothing else.
+
+    ``head.start_node("--num-cpus=4")`` adds a node. Every port is a free one: other clusters
+    stay as they are.
+    """
+    folder = tempfile.mkdtemp(prefix="evr-", dir="/tmp")  # Ray's socket paths must be short
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(*options: str, env: dict[str, str]) -> dict[str, int]:
+        names = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
+        ports = {name: free_port() for name in (*names, "runtime-env-agent-port")}
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
+        command += [f"--{name}={port}" for name, port in ports.items()]
+        command += ["--object-store-memory=300000000", *options]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        log = open(f"{folder}/ray-start-{len(processes)}.log", "wb")  # noqa: SIM115 (the child's)
+        processes.append(
+            subprocess.Popen(
+                command, env=os.environ | {"PATH": path} | env, stdout=log, stderr=log, start_new_session=True
+            )
+        )
+        return ports
+
+    def start_head(*options: str, env: dict[str, str] | None = None) -> Head:
+        port, dashboard = free_port(), free_port()
+        own = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+        ports = start(*own, f"--temp-dir={folder}", "--ray-client-server-port=0", *options, env=env or {})
+        address = f"127.0.0.1:{port}"
+        _wait_for(f"http://127.0.0.1:{dashboard}/api/gcs_healthz", processes[0], folder)
+
+        def start_node(*options: str) -> None:
+            start(f"--address={address}", *options, env={})
+
+        return Head(
+            address, f"http://127.0.0.1:{dashboard}", ports["metrics-export-port"], folder, start_node
+        )
+
+    yield start_head
+    _end_processes_of(folder, processes)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of experiments/tiny.yaml, made by the command line."""
+    storage = tmp_path_factory.mktemp("tiny")
+    experiment = Path(__file__).parents[1] / "experiments" / "tiny.yaml"
+    words = ["run", str(experiment), "--set", f"storage={storage}"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "evatok.cli", *words], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return storage / "tiny"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], folder: str) -> None:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {_token.read_text()}"})
+    for _ in range(240):
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except OSError:
+            assert process.poll() is None, Path(f"{folder}/ray-start-0.log").read_text()
+            time.sleep(0.5)
+    pytest.fail(f"{url} does not answer: {Path(f'{folder}/ray-start-0.log').read_text()}")
+
+
+def _end_processes_of(folder: str, started: list[subprocess.Popen[bytes]]) -> None:
+    """End what was started here and every process of that cluster, told by its folder or process group."""
+    import psutil
+
+    groups = {process.pid for process in started}
+    ours = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) in groups or any(folder in word for word in process.info["cmdline"]):
+                ours.append(process)
+    for process in ours:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(ours, timeout=30)

@@ -128,6 +128,15 @@ def test_redo_remakes_the_stage_and_its_readers_from_nothing(make, toy_chain):
     assert [stage.metrics["attempts"] for stage in result.stages] == [1, 1, 1]
 
 
+def test_refreshed_stage_runs_in_its_folder_until_others_have_read_it(make, toy_chain):
+    run(make(), Quiet(), until="index")
+    result = run(make(), Quiet(), until="index", refresh="index")
+    assert [stage.metrics["attempts"] for stage in result.stages] == [2]
+    run(make(), Quiet())
+    with pytest.raises(UserError, match=r"router, evaluate of .* already read what index"):
+        run(make(), Quiet(), refresh="index")
+
+
 def test_until_stops_after_the_stage(make, toy_chain):
     run(make(), Quiet(), until="router")
     assert states(make()) == ["done", "done", "missing"]

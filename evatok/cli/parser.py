@@ -51,9 +51,18 @@ def parser() -> argparse.ArgumentParser:
     )
     _experiment(status)
 
-    index = command("index", "runs:index", "index an experiment's videos", f"{{run, report, {_STAGES}}}")
+    index = command(
+        "index",
+        "runs:index",
+        "index an experiment's videos: new and changed ones",
+        f"{{run, report, {_STAGES}}}",
+    )
     _experiment(index)
     _address(index)
+    index.add_argument("--download", action="store_true", help="fetch the source's missing videos first")
+    index.add_argument(
+        "--materialize", type=int, metavar="SIZE", help="also decode all clips once, SIZE pixels"
+    )
 
     evaluate = command(
         "eval",
@@ -65,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     _experiment(evaluate)
     _address(evaluate)
 
-    report = command("report", "runs:report", "write a run's HTML report", "{run, report}")
+    report = command("report", "runs:report", "write the HTML report of a run or a sweep", "{run, report}")
     _experiment(report)
 
     tune = command(

@@ -13,11 +13,23 @@ from evatok.errors import UserError
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    return _run(args, console, until=args.until, redo=args.redo)
+
+
+def index(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if args.download:
+        args.overrides.append("index.source.download=true")
+    if args.materialize is not None:
+        args.overrides.append(f"index.materialize={args.materialize}")
+    return _run(args, console, until="index", refresh="index")
+
+
+def _run(args: argparse.Namespace, console: Console, **options: str | None) -> dict[str, Any]:
     from evatok import experiment as experiments
 
     experiment = experiments.open_experiment(args.experiment, args.overrides)
     console.run = experiment.location
-    result = experiments.run(experiment, console, until=args.until, redo=args.redo, address=args.address)
+    result = experiments.run(experiment, console, address=args.address, **options)
     console.end()
     for stage in result.stages:
         figures = ", ".join(f"{name} {_figure(value)}" for name, value in stage.metrics.items())
@@ -29,10 +41,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "report": result.report,
         "stages": [asdict(stage) for stage in result.stages],
     }
-
-
-def index(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    return run(argparse.Namespace(**vars(args), until="index", redo=None), console)
 
 
 def plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -105,30 +113,35 @@ def status(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from evatok import experiment as experiments
+    from evatok.stages.evaluate import evaluation
 
     experiment = experiments.open_experiment(args.experiment, args.overrides)
     console.run = experiment.location
     result = experiments.run(experiment, console, until="evaluate", address=args.address)
     console.end()
-    summary = experiment.location.read_json("evaluate/summary.json")
-    summary.pop("headline", None)
+    summary = evaluation(experiment.location)
     for name, figures in summary["policies"].items():
         console.show(f"{name:<20} {', '.join(f'{key} {_figure(value)}' for key, value in figures.items())}")
     console.show(f"report: {result.report}")
-    return dict(summary)
+    return summary
 
 
 def report(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from evatok import experiment as experiments
+    from evatok.artifacts import Location
     from evatok.report.page import write_report
+    from evatok.report.sweep import write_sweep_report
 
-    experiment = experiments.open_experiment(args.experiment, args.overrides)
-    console.run = experiment.location
-    if not experiment.location.exists("experiment.yaml"):
-        raise UserError(f"{experiment.location.uri}: no run is there yet; start it with `evatok run`.")
-    uri = write_report(experiment.location)
+    folder = Location.parse(args.experiment)
+    if folder.exists("sweep.json"):
+        uri = write_sweep_report(folder)
+    else:
+        folder = experiments.open_experiment(args.experiment, args.overrides).location
+        if not folder.exists("experiment.yaml"):
+            raise UserError(f"{folder.uri}: no run is there yet; start it with `evatok run`.")
+        uri = write_report(folder)
     console.show(f"report: {uri}")
-    return {"run": experiment.location.uri, "report": uri}
+    return {"run": folder.uri, "report": uri}
 
 
 def tune(args: argparse.Namespace, console: Console) -> dict[str, Any]:

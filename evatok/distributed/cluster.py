@@ -63,6 +63,7 @@ def connect(address: str | None = None, *, cpus: float = 0) -> Cluster:
     address = address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same in every process
     if address in (None, "local"):
         return _start(cpus)
     assert address is not None
@@ -79,6 +80,7 @@ def shutdown() -> None:
 def _start(cpus: float) -> Cluster:
     if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_private_token())
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever else the machine does comes first
     _authenticate()
     import ray
 
@@ -90,7 +92,19 @@ def _start(cpus: float) -> Cluster:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    _mute()
     return _describe(local=True)
+
+
+def _mute() -> None:
+    """Keep the warnings of our own raylet (slow starts, many workers) off the screen; they are in its log.
+
+    Ray prints them to stderr from a thread that no setting turns off.
+    """
+    from ray._private.worker import global_worker
+
+    global_worker.threads_stopped.set()
+    global_worker.gcs_error_subscriber.close()
 
 
 def _join(address: str) -> Cluster:
