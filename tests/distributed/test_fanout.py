@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 
 from evatok.artifacts import Location
+from evatok.assignment.table import RewardRows, to_table
 from evatok.distributed.fanout import FanOutError, Job, ShardOutput, fan_out, make_shard, read_record
 from evatok.distributed.schedule import Shard
 
@@ -68,6 +70,20 @@ def test_a_truncated_shard_is_noticed(tmp_path):
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
         assert read_record(job.target, shard, "k") is None
+
+
+def noisy_qualities(spec, state):
+    """What 8 clips, five metrics and 625 assignments look like to a compressor, at worst."""
+    noise = torch.rand(5, 8, 625, generator=torch.Generator().manual_seed(0))
+    quality = {f"m{i}": 0.2 + 0.1 * values for i, values in enumerate(noise)}
+    clips = [f"clip-{i}" for i in range(8)]
+    return ShardOutput(to_table(RewardRows(clips, torch.arange(8), ["train"] * 8, quality)))
+
+
+def test_a_reward_table_of_100k_clips_and_five_metrics_stays_below_a_gigabyte(tmp_path):
+    shard, job = shard_and_job(tmp_path, noisy_qualities)
+    make_shard(job, None, shard)
+    assert (tmp_path / shard.name).stat().st_size / 8 * 100_000 < 1e9
 
 
 def rejecting(spec, state):
