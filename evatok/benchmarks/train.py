@@ -39,7 +39,6 @@ from evatok.training.reconstruction import RandomAssignments, TokenizerTask
 from evatok.training.tasks import Batch
 from evatok.video.decode import ClipFormat
 from evatok.video.index import SCHEMA, ClipIndex, write_index
-from evatok.video.order import ClipOrder
 from evatok.video.synthetic import write_videos
 
 TERMS = LossConfig(perceptual_kind="none", adversarial=0, alignment=0)
@@ -123,7 +122,7 @@ def _overhead(settings: Settings, folder: Path) -> dict[str, Any]:
         checkpoint_every=settings.loop_steps,
     )
     index = _index(folder / "clips")
-    order = ClipOrder(len(index), 0)
+    order = index.order(0)
     form = ClipFormat(frames=settings.loop.frames, size=settings.loop.size)
 
     def bare(name: str) -> Location:

@@ -62,6 +62,7 @@ class RouterTask(Task):
             "loss": self.objective.loss(log_probs, rewards),
             "top5": (ranked == rewards.argmax(-1, keepdim=True)).any(-1).float().mean(),
             "tokens": self._totals[chosen].float().mean(),
+            "quality": self._quality[self._places(batch)].gather(1, chosen.unsqueeze(1)).mean(),
         }
 
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -77,13 +78,18 @@ class RouterTask(Task):
 
     def _rewards(self, batch: Batch, weights: RewardWeights) -> Tensor:
         """Rewards of every assignment, float32 [B, size], on the clips' device."""
+        quality = self._quality[self._places(batch)]
+        values = reward(quality, self._totals, self.metric, weights, self.statistics)
+        return values.float().to(batch["clip"].device)
+
+    def _places(self, batch: Batch) -> Tensor:
+        """Where the clips stand in the table as it was loaded."""
         rows = batch["row"].cpu()
         places = torch.searchsorted(self._rows, rows).clamp(max=len(self._rows) - 1)
         if not torch.equal(self._rows[places], rows):
             unknown = rows[self._rows[places] != rows].tolist()
             raise RuntimeError(f"the reward table holds no clips with index rows {unknown}")
-        values = reward(self._quality[places], self._totals, self.metric, weights, self.statistics)
-        return values.float().to(batch["clip"].device)
+        return places
 
     def _figures(self, log_probs: Tensor, rewards: Tensor) -> dict[str, Tensor]:
         chosen = log_probs.argmax(-1)
