@@ -253,13 +253,22 @@ def _encode(output: ShardOutput, shard: Shard, key: str) -> bytes:
     sink = pa.BufferOutputStream()
     schema = output.table.schema
     texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    floats = [path for field in schema for path in _float_leaf(field)]
     with pq.ParquetWriter(
-        sink, schema, compression="zstd", use_dictionary=texts, use_byte_stream_split=True
+        sink, schema, compression="zstd", use_dictionary=texts, use_byte_stream_split=floats
     ) as writer:
         writer.write_table(output.table)
         writer.add_key_value_metadata({NOTE: json.dumps(note)})
     data = bytes(sink.getvalue().to_pybytes())
     return data.replace(BLANK, _digest(data).encode())
+
+
+def _float_leaf(field: pa.Field) -> list[str]:
+    """The Parquet path of a column of floats or of lists of floats; nothing for any other column."""
+    path = field.name
+    if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type):
+        path, field = f"{path}.list.element", field.type.value_field
+    return [path] if pa.types.is_floating(field.type) else []
 
 
 def _digest(data: bytes) -> str:
