@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
 
 from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, decode_clip
 from evatok.video.guard import Guard
@@ -30,6 +33,7 @@ Fetch = Callable[[NDArray[np.int64], NDArray[np.int64]], Columns]
 
 log = logging.getLogger(__name__)
 
+_POSITIONS_PER_EXECUTION = 1 << 18
 _POSITIONS_PER_READ = 1 << 16
 _NEIGHBOURS = 16  # clips in a row that may fail before the stream gives up
 
@@ -50,15 +54,18 @@ def ordered_stream(
     last may be shorter) and returns columns of n values each, to which `position` int64 is added. It must be
     picklable and depend on its arguments alone. `num_cpus`: logical CPUs that a task holds. `label_selector`:
     labels of the nodes that may run the tasks.
+
+    One iteration ends after 2**18 positions at the latest; the next one goes on from there.
     """
-    positions = ray.data.range(count, override_num_blocks=max(1, count // _POSITIONS_PER_READ))
+    source = _Positions(start, count, _POSITIONS_PER_EXECUTION)
+    positions = ray.data.read_datasource(source, override_num_blocks=source.reads)
     # The context is the dataset's own: nobody else's executions change. A consumer may be slow for as long
     # as it likes: an evaluation, an upload or a debugger is no failure of the stream.
     positions.context.execution_no_progress_timeout_s = -1
     positions.context.execution_options.preserve_order = True
     return positions.repartition(target_num_rows_per_block=rows_per_block, strict=True).map_batches(
         _fetched,
-        fn_kwargs={"order": order, "fetch": fetch, "start": start},
+        fn_kwargs={"order": order, "fetch": fetch},
         batch_size=None,
         num_cpus=num_cpus,
         label_selector=label_selector,
@@ -100,8 +107,42 @@ def clip_stream(
     )
 
 
-def _fetched(batch: Columns, order: Order, fetch: Fetch, start: int) -> Columns:
-    positions = np.asarray(batch["id"], np.int64) + start
+class _Positions(Datasource):  # type: ignore[misc]
+    """The positions themselves, a stretch of them with every execution of the dataset.
+
+    Ray Data would cut a long run into millions of small blocks before the first clip is decoded: nothing
+    holds back an operator whose output weighs nothing.
+    """
+
+    def __init__(self, start: int, count: int, per_execution: int) -> None:
+        super().__init__()
+        self._start, self._end, self._per_execution = start, start + count, per_execution
+        self.reads = max(1, min(count, per_execution) // _POSITIONS_PER_READ)
+
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * min(self._end - self._start, self._per_execution)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        execution = data_context._execution_idx if data_context is not None else 0
+        low = self._start + execution * self._per_execution
+        high = min(low + self._per_execution, self._end)
+        return [
+            _read_task(first, min(first + _POSITIONS_PER_READ, high))
+            for first in range(low, high, _POSITIONS_PER_READ)
+        ]
+
+
+def _read_task(low: int, high: int) -> ReadTask:
+    metadata = BlockMetadata(
+        num_rows=high - low, size_bytes=8 * (high - low), input_files=None, exec_stats=None
+    )
+    return ReadTask(lambda: [pa.table({"position": np.arange(low, high, dtype=np.int64)})], metadata)
+
+
+def _fetched(batch: Columns, order: Order, fetch: Fetch) -> Columns:
+    positions = np.asarray(batch["position"], np.int64)
     rows = order.rows(int(positions[0]), len(positions))
     return {**fetch(positions, rows), "position": positions}
 
