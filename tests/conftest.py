@@ -196,7 +196,9 @@ def start_ray(tmp_path: Path) -> Iterator[Callable[..., Head]]:
     def start_head(*options: str, env: dict[str, str] | None = None) -> Head:
         port, dashboard = free_port(), free_port()
         own = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-        ports = start(*own, f"--temp-dir={folder}", "--ray-client-server-port=0", *options, env=env or {})
+        ports = start(
+            *own, f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}", *options, env=env or {}
+        )
         address = f"127.0.0.1:{port}"
         _wait_for(f"http://127.0.0.1:{dashboard}/api/gcs_healthz", processes[0], folder)
 
@@ -252,7 +254,8 @@ def _end_processes_of(folder: str, started: list[subprocess.Popen[bytes]]) -> No
     ours = []
     for process in psutil.process_iter(["pid", "cmdline"]):
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(process.pid) in groups or any(folder in word for word in process.info["cmdline"]):
+            words = process.info["cmdline"] or []
+            if os.getpgid(process.pid) in groups or any(folder in word for word in words):
                 ours.append(process)
     for process in ours:
         with contextlib.suppress(psutil.Error):

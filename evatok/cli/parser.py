@@ -111,6 +111,26 @@ def parser() -> argparse.ArgumentParser:
     )
     _generate(generate)
 
+    encode = command(
+        "encode", "codec:encode", "turn a video into tokens", "{output, fps, clips, tokens, assignments}"
+    )
+    _codec(encode)
+    decode = command(
+        "decode", "codec:decode", "turn tokens back into a video", "{output, clips, tokens, assignments}"
+    )
+    decode.add_argument("experiment", metavar="EXPERIMENT", help="experiment file (*.yaml) or a run's folder")
+    decode.add_argument("tokens", metavar="TOKENS", help="token file that encode wrote")
+    decode.add_argument("--fps", type=float, default=8.0, help="frames per second of the video")
+    decode.add_argument("--output", metavar="FILE")
+    _overrides(decode)
+    reconstruct = command(
+        "reconstruct",
+        "codec:reconstruct",
+        "encode and decode a video, and measure what was lost",
+        "{output, fps, psnr, clips, tokens, assignments}",
+    )
+    _codec(reconstruct)
+
     weights = command(
         "weights", "weights:command", "list or fetch pretrained weights", "{weights [{name, path}]}"
     )
@@ -129,6 +149,16 @@ def _experiment(command: argparse.ArgumentParser) -> None:
         "experiment", metavar="EXPERIMENT", help="experiment file (*.yaml) or a run's folder"
     )
     _overrides(command)
+
+
+def _codec(command: argparse.ArgumentParser) -> None:
+    _experiment(command)
+    command.add_argument("video", metavar="VIDEO", help="video file")
+    command.add_argument(
+        "--policy", help="what chooses the tokens: uniform, router, ...; default: the run's own"
+    )
+    command.add_argument("--budget", type=int, metavar="TOKENS", help="most tokens of a clip")
+    command.add_argument("--output", metavar="FILE")
 
 
 def _overrides(command: argparse.ArgumentParser) -> None:

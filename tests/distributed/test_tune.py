@@ -1,5 +1,6 @@
 """Searching with Ray Tune: every trial once, bad ones stopped early, interrupted searches go on."""
 
+import functools
 import random
 import time
 from pathlib import Path
@@ -55,14 +56,13 @@ def test_interrupted_search_runs_only_what_is_missing(ray_cluster, tmp_path, sea
     assert [one.state for one in first] == ["done"]
     assert all(one.metrics["tokens"] == 100 * one.values["x"] + len(one.values["shape"]) for one in first)
     begun = {"x": 0.123, "shape": [3]}
-    second = run(quadratic(tmp_path), {"loss": "min"}, finished=first, unfinished=[begun], searcher=searcher)
+    again = functools.partial(run, quadratic(tmp_path), {"loss": "min"}, trials=3, searcher=searcher)
+    second = again(finished=first, unfinished=[begun])
     assert len(second) == 2
     assert begun in [one.values for one in second]
     assert len(list(tmp_path.iterdir())) == 3
     assert all(path.read_text() == "ran\n" for path in tmp_path.iterdir())
-    assert (
-        run(quadratic(tmp_path), {"loss": "min"}, trials=3, finished=first + second, searcher=searcher) == []
-    )
+    assert again(finished=first + second) == []
 
 
 def test_several_objectives_reach_the_searcher(ray_cluster, tmp_path):
