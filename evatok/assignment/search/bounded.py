@@ -40,15 +40,21 @@ class Calibration:
 class BestResult:
     """The best assignment of each of B clips and what finding it took.
 
-    index: int64 [B]; assignment: int64 [B, T] token counts; reward: float64 [B]; nodes: int64 [B] evaluated;
-    quality: {metric: float32 [B, size]}, the part of the reward table that was seen, NaN elsewhere.
+    index: int64 [B]; assignment: int64 [B, T] token counts; reward: float64 [B]; quality: {metric: float32
+    [B, size]}, the part of the reward table that was seen, NaN elsewhere; evaluated: per depth t bool
+    [B, m ** (t + 1)], which nodes of the prefix tree were.
     """
 
     index: Tensor
     assignment: Tensor
     reward: Tensor
-    nodes: Tensor
     quality: dict[str, Tensor]
+    evaluated: tuple[Tensor, ...]
+
+    @property
+    def nodes(self) -> Tensor:
+        """How many nodes were evaluated: int64 [B]."""
+        return torch.cat(self.evaluated, 1).sum(1)
 
 
 def best(
@@ -82,8 +88,8 @@ def best(
         index=torch.cat([part.index for part in parts]),
         assignment=torch.cat([part.assignment for part in parts]),
         reward=torch.cat([part.reward for part in parts]),
-        nodes=torch.cat([part.nodes for part in parts]),
         quality={m.name: torch.cat([part.quality[m.name] for part in parts]) for m in metrics},
+        evaluated=tuple(torch.cat(depth) for depth in zip(*(part.evaluated for part in parts))),
     )
 
 
@@ -118,12 +124,15 @@ class _Bounded:
             self._walk(guess)
         self.tree.grow(self._promising)
         rewards = self._rewards().masked_fill(~self._seen(self.space.blocks - 1), -torch.inf)
-        reward, index = rewards.max(1)
-        index = (rewards == reward[:, None]).int().argmax(1)
-        nodes = sum((~loss.isnan()).sum(1) for loss in self.losses)
-        quality = {metric: self.tree.quality(metric).cpu() for metric in self.tree.losses}
-        assert isinstance(nodes, Tensor)
-        return BestResult(index.cpu(), self.space.assignment(index).cpu(), reward.cpu(), nodes.cpu(), quality)
+        reward = rewards.amax(1)
+        index = rewards.eq(reward[:, None]).int().argmax(1)
+        return BestResult(
+            index.cpu(),
+            self.space.assignment(index).cpu(),
+            reward.cpu(),
+            {metric: self.tree.quality(metric).cpu() for metric in self.tree.losses},
+            tuple(self._seen(depth).cpu() for depth in range(self.space.blocks)),
+        )
 
     def _calibrate(self, calibration: Calibration) -> None:
         """Pay the all-maximum path of every clip and take its losses as the unit of the bound."""

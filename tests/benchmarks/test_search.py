@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from evatok.assignment.space import AssignmentSpace
+from evatok.benchmarks.search import Settings, assignment_operations, node_operations, run
+from evatok.models.tokenizer import TokenizerConfig
+
+
+def test_the_operations_of_a_path_are_those_of_its_assignment() -> None:
+    config = TokenizerConfig()
+    space = AssignmentSpace(config.choices, config.blocks)
+    prepare, nodes = node_operations(config, space)
+    for index in (0, 77, 624):
+        path = sum(float(depth[index // 5 ** (3 - t)]) for t, depth in enumerate(nodes))
+        assignment = space.assignment(torch.tensor(index)).tolist()
+        assert prepare + path == pytest.approx(assignment_operations(config, [assignment]))
+
+
+def test_the_paper_size_tree_costs_a_third_of_brute_force() -> None:
+    config = TokenizerConfig()
+    space = AssignmentSpace(config.choices, config.blocks)
+    prepare, nodes = node_operations(config, space)
+    ratio = assignment_operations(config, space.all().tolist()) / (
+        prepare + sum(float(d.sum()) for d in nodes)
+    )
+    assert 3.0 < ratio < 3.3
+
+
+def test_the_benchmark_reports_every_key_it_promises() -> None:
+    size = {"width": 16, "layers": 1, "heads": 2}
+    tiny = TokenizerConfig(
+        frames=8, size=16, choices=(1, 2, 8), encoder=size, decoder=size, latent=8, align_layer=1
+    )
+    figures = run(
+        Settings(
+            tokenizer=tiny,
+            steps=2,
+            clips=2,
+            calibration_clips=2,
+            large=tiny,
+            large_prefix=(2,),
+            threads=1,
+            metric="mse",
+        )
+    )
+    for name in ("full", "best_proven", "best_calibrated"):
+        keys = {"speedup", "counted_ratio", "nodes", "seconds", "agreement", "reward_percentile"}
+        assert set(figures[name]) == keys
+    assert figures["full"]["nodes"] == 3 + 9
+    assert figures["full"]["agreement"] == figures["best_proven"]["agreement"] == 1
+    assert {"speedup", "counted_ratio"} <= set(figures["large_full"])
