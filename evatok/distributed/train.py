@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -71,6 +72,8 @@ def fit(
     Returns the last metrics. Raises UserError for what is the user's to mend (a diverged loss among it).
     """
     config.check(max(1, workers))
+    # A node may have to boot first, or the machine be busy; Ray would give up on the group after a minute.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     job = _Job(task, config, location, run_id, seed, max(1, int(cpus_per_worker)))
     storage = location / CHECKPOINTS
     if workers == 0:
@@ -93,7 +96,7 @@ def fit(
                 name=run_id,
                 storage_path=storage.path,
                 storage_filesystem=storage.fs,
-                checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+                checkpoint_config=_kept(config),
                 failure_config=FailureConfig(max_failures=max_failures),
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -106,6 +109,15 @@ def fit(
     if "error" in outcome:
         raise UserError(outcome["error"])
     return dict(outcome["metrics"])
+
+
+def _kept(config: TrainConfig) -> CheckpointConfig:
+    if not config.keep_by:
+        return CheckpointConfig(num_to_keep=config.keep_checkpoints)
+    order, metric = config.keep_by.split()
+    return CheckpointConfig(
+        num_to_keep=config.keep_checkpoints, checkpoint_score_attribute=metric, checkpoint_score_order=order
+    )
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,12 @@ class TrainConfig(Config):
     )
     checkpoint_every: Annotated[int, OPERATIONAL] = Field(default=1000, ge=1, description="steps")
     keep_checkpoints: Annotated[int, OPERATIONAL] = Field(
-        default=2, ge=1, description="newest checkpoints kept"
+        default=2, ge=1, description="checkpoints kept: the newest, or under workers the best by keep_by"
+    )
+    keep_by: Annotated[str, OPERATIONAL] = Field(
+        default="",
+        pattern=r"^(|(min|max) \w+)$",
+        description="'max eval_psnr', 'min loss', ...: which are the best; the newest always stays",
     )
 
     def problems(self, workers: int) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy import Rows, ToyTask, toy_batches, toy_config, toy_run, toy_samples
@@ -88,6 +89,12 @@ def test_non_finite_losses_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tm
     assert last is not None
     assert last.step == 6
     assert all(torch.isfinite(value).all() for value in last.engines["model"].values())
+
+
+@pytest.mark.parametrize("keep_by", ["eval_psnr", "best loss", "max eval psnr"])
+def test_an_order_of_checkpoints_that_says_nothing_is_refused(keep_by: str) -> None:
+    with pytest.raises(ValidationError, match="keep_by"):
+        toy_config(keep_by=keep_by)
 
 
 def test_a_stream_out_of_order_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers trained by the loop, at a size for tests."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def test_a_resumed_tokenizer_has_the_same_losses_bit_for_bit(tmp_path: Path, sta
     Location.parse(tmp_path).delete("step-000000006")
     resumed, _ = run(tmp_path, task(), zero_stage=stage)
     assert resumed.losses == whole.losses[3:]
+
+
+def test_running_layers_again_changes_no_loss(tmp_path: Path) -> None:
+    kept, _ = run(tmp_path / "kept", task())
+    again, _ = run(tmp_path / "again", task(), recompute=True)
+    assert again.losses == pytest.approx(kept.losses, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_tokenizer_has_the_same_losses(tmp_path: Path) -> None:
+    plain, _ = run(tmp_path / "plain", task())
+    compiled, _ = run(tmp_path / "compiled", task(), compile=True)
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
 def test_every_zero_stage_trains_alike(tmp_path: Path) -> None:
