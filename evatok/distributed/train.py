@@ -135,9 +135,18 @@ class _Job:
         return [CurveWriter(self.location), *trackers(self.config.trackers, self.location, self.run_id)]
 
     def batches(self, dataset: DataIterator | Dataset, size: int) -> Iterator[Batch]:
-        return iter(
-            dataset.iter_torch_batches(batch_size=size, collate_fn=self.task.collate, prefetch_batches=2)
+        yield from dataset.iter_torch_batches(
+            batch_size=size, collate_fn=self.task.collate, prefetch_batches=2
         )
+
+    def endless_batches(self, dataset: DataIterator | Dataset, size: int) -> Iterator[Batch]:
+        """The stream in as many executions as it takes: the next one goes on where one ends."""
+        while True:
+            batch = None
+            for batch in self.batches(dataset, size):
+                yield batch
+            if batch is None:
+                return
 
 
 def _remaining(stream: Stream, config: TrainConfig, workers: int, seen: int) -> Dataset:
@@ -174,7 +183,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         trained = train(
             job.task,
             job.config,
-            lambda start: job.batches(ray.train.get_dataset_shard(TRAIN), micro),
+            lambda start: job.endless_batches(ray.train.get_dataset_shard(TRAIN), micro),
             seed=job.seed,
             checkpoints=_ReportedCheckpoints(),
             sinks=sinks,
@@ -201,7 +210,7 @@ def _fit_here(
     trained = train(
         job.task,
         config,
-        lambda start: job.batches(_remaining(stream, config, 1, start), micro),
+        lambda start: job.endless_batches(_remaining(stream, config, 1, start), micro),
         seed=job.seed,
         checkpoints=FolderCheckpoints(run, config.keep_checkpoints),
         sinks=sinks,
