@@ -2,7 +2,7 @@
 
 A folder of Parquet files, one row per clip: ``clip_id`` str, ``row`` int64 (of the clip index), ``split``
 str, and one fixed-size list [size] per quality metric: the assignments in the order of the space. The
-values are float32: rounded to float16, 1.5 to 3 % of the best assignments change at w_q 1.6 (64 clips), and
+values are float32: rounded to float16, up to 5 % of the best assignments change at w_q 1.6 (128 clips), and
 split into byte planes and compressed, five metrics of 625 assignments take 9 kB per clip as they are.
 ``pandas.read_parquet(folder)`` reads it too.
 """
