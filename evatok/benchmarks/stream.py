@@ -7,14 +7,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
@@ -22,7 +20,7 @@ from pydantic import Field
 from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.distributed import cluster
-from evatok.distributed.stream import clip_stream
+from evatok.distributed.stream import clip_stream, reading_rate
 from evatok.video.decode import ClipFormat, decode_clip, probe
 from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.synthetic import write_videos
@@ -182,30 +180,4 @@ def _stream_rate(config: StreamBenchConfig, case: Case) -> tuple[float, float]:
             rows_per_block=config.batch,
             seed=0,
         )
-        (shard,) = dataset.streaming_split(1, equal=True)
-        worker = ray.remote(num_cpus=0)(_Worker).remote()
-        rate, first = ray.get(worker.read.remote(shard, config.batch, config.warm_up))
-        ray.kill(worker)
-    return float(rate), float(first)
-
-
-class _Worker:
-    """Takes batches as a training worker does, and does nothing with them."""
-
-    def read(self, shard: ray.data.DataIterator, batch: int, warm_up: int) -> tuple[float, float]:
-        created = time.perf_counter()
-        first = started = 0.0
-        read = timed = 0
-        for clips in self._batches(shard, batch):
-            now = time.perf_counter()
-            first = first or now - created
-            if started:
-                timed += len(clips)
-            read += len(clips)
-            if not started and read >= warm_up:
-                started = now
-        return timed / (now - started), first
-
-    def _batches(self, shard: ray.data.DataIterator, batch: int) -> Iterator[torch.Tensor]:
-        for columns in shard.iter_torch_batches(batch_size=batch, device="cpu", prefetch_batches=2):
-            yield columns["clip"]
+        return reading_rate(dataset, config.batch, config.warm_up)

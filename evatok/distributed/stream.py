@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,6 +106,34 @@ def clip_stream(
         num_cpus=num_cpus,
         label_selector=label_selector,
     )
+
+
+def reading_rate(dataset: ray.data.Dataset, batch: int, warm_up: int) -> tuple[float, float]:
+    """Clips per second into a worker that takes batches as training does, and seconds to its first batch.
+
+    The clock starts after `warm_up` clips.
+    """
+    (shard,) = dataset.streaming_split(1, equal=True)
+    worker = ray.remote(num_cpus=0)(_Reader).remote()
+    rate, first = ray.get(worker.read.remote(shard, batch, warm_up))
+    ray.kill(worker)
+    return rate, first
+
+
+class _Reader:
+    def read(self, shard: ray.data.DataIterator, batch: int, warm_up: int) -> tuple[float, float]:
+        created = now = time.perf_counter()
+        first = started = 0.0
+        read = timed = 0
+        for columns in shard.iter_torch_batches(batch_size=batch, device="cpu", prefetch_batches=2):
+            now = time.perf_counter()
+            clips = len(columns["position"])
+            first = first or now - created
+            timed += clips if started else 0
+            read += clips
+            if not started and read >= warm_up:
+                started = now
+        return timed / (now - started), first
 
 
 class _Positions(Datasource):  # type: ignore[misc]
