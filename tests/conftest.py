@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -170,7 +171,7 @@ class Head:
 
 @pytest.fixture
 def start_ray(tmp_path: Path) -> Iterator[Callable[..., Head]]:
-    """``start_ray("--num-cpus=0", env={...})`` is ``ray start --head``; ends with the test, and nothing else.
+    """``start_ray("--num-cpus=0")`` is ``ray start --head``; ends with the test, and nothing else does.
 
     ``head.start_node("--num-cpus=4")`` adds a node. Every port is a free one: other clusters
     stay as they are.
@@ -193,11 +194,25 @@ def start_ray(tmp_path: Path) -> Iterator[Callable[..., Head]]:
         )
         return ports
 
-    def start_head(*options: str, env: dict[str, str] | None = None) -> Head:
+    def start_head(*options: str, autoscaling: Callable[[str], dict[str, Any]] | None = None) -> Head:
         port, dashboard = free_port(), free_port()
+        env: dict[str, str] = {}
+        if autoscaling is not None:
+            from ray.util import get_node_ip_address
+
+            launcher = autoscaling(f"{get_node_ip_address()}:{port}")
+            Path(f"{folder}/launcher.json").write_text(json.dumps(launcher))
+            options = (*options, f"--autoscaling-config={folder}/launcher.json")
+            head_id = launcher["provider"]["head_node_id"]
+            env = dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), head_id)
+            env |= {
+                "RAY_enable_autoscaler_v2": "1",
+                "RAY_FAKE_CLUSTER": "1",
+                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            }
         own = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
         ports = start(
-            *own, f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}", *options, env=env or {}
+            *own, f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}", *options, env=env
         )
         address = f"127.0.0.1:{port}"
         _wait_for(f"http://127.0.0.1:{dashboard}/api/gcs_healthz", processes[0], folder)
@@ -236,7 +251,7 @@ def free_port() -> int:
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], folder: str) -> None:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {_token.read_text()}"})
-    for _ in range(240):
+    for _ in range(600):
         try:
             with urllib.request.urlopen(request, timeout=5):
                 return
