@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from evatok.metrics.curves import Curve, Floats, Interval, interval, resamples, 
 
 RESAMPLES = 1000  # bootstrap draws
 REFERENCES = ("uniform", "static")
+BACKBONES = ("quality", "final")  # the fields of a point that hold what a tokenizer made of it
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Point:
 
     ``label``: the setting for people, ``knob``: its value; ``headline``: the setting the policy is known by.
     ``deployable``: decides without having seen every assignment's result. ``assignment``: int64 [N, T];
-    ``quality``: per metric float64 [N] with the final tokenizer; ``proxy``: the same with the proxy;
-    ``reward``: float64 [N], the proxy reward.
+    ``quality``: per metric float64 [N] with the proxy, ``final``: with the final tokenizer; ``reward``:
+    float64 [N], the proxy reward.
     """
 
     policy: str
@@ -33,7 +35,7 @@ class Point:
     deployable: bool
     assignment: NDArray[np.int64]
     quality: dict[str, Floats]
-    proxy: dict[str, Floats]
+    final: dict[str, Floats]
     reward: Floats
 
     @cached_property
@@ -46,7 +48,8 @@ class Point:
 class Comparison:
     """Points of all policies; ``best`` and ``worst`` [N]: each clip's rewards over all assignments (eq. 8).
 
-    ``metric``: the quality that savings are measured at.
+    ``metric``: the quality that savings are measured at. Policies are compared on the proxy first: it was
+    trained under random assignments and favours none, as the final tokenizer favours the router's.
     """
 
     points: Sequence[Point]
@@ -73,7 +76,7 @@ class Comparison:
                     "headline": point.headline,
                     "mean_tokens": float(point.tokens.mean()),
                     **{name: float(values.mean()) for name, values in point.quality.items()},
-                    "proxy": {name: float(values.mean()) for name, values in point.proxy.items()},
+                    "final": {name: float(values.mean()) for name, values in point.final.items()},
                     "reward": float(point.reward.mean()),
                     "reward_percentile": self.percentile(point, np.full(self.clips, 1 / self.clips)),
                     "intervals": {
@@ -88,24 +91,32 @@ class Comparison:
         """Per policy what ``evatok eval --json`` prints, and the headline comparisons under "headline"."""
         weights = resamples(self.clips, RESAMPLES, self.seed)
         even = np.full(self.clips, 1 / self.clips)
-        savings, drawn = self._savings(even), [self._savings(row) for row in weights]
-        policies: dict[str, Any] = {}
+        measured = {backbone: self._savings(backbone, even) for backbone in BACKBONES}
+        drawn = {backbone: [self._savings(backbone, row) for row in weights] for backbone in BACKBONES}
+
+        def entry(backbone: str, point: Point) -> dict[str, Any]:
+            found: dict[str, Any] = {
+                metric: float(values.mean()) for metric, values in getattr(point, backbone).items()
+            }
+            for reference in REFERENCES:
+                pair = (point.policy, reference)
+                draws = [row.get(pair, math.nan) for row in drawn[backbone]]
+                saving = interval(measured[backbone].get(pair, math.nan), draws)
+                found[f"token_saving_vs_{reference}"] = _json(saving)
+            return found
+
+        policies = {}
         for point in self.points:
             if point.headline:
-                name, percentile = point.policy, self.percentile(point, even)
+                percentile = self.percentile(point, even)
                 spread = interval(percentile, [self.percentile(point, row) for row in weights])
-                policies[name] = {
+                policies[point.policy] = {
                     "reward_percentile": percentile,
                     "reward_percentile_interval": _json(spread),
                     "mean_tokens": float(point.tokens.mean()),
-                    **{metric: float(values.mean()) for metric, values in point.quality.items()},
+                    **entry("quality", point),
+                    "final": entry("final", point),
                 }
-                for reference in REFERENCES:
-                    pair = (name, reference)
-                    saving = (
-                        interval(savings[pair], [row[pair] for row in drawn]) if pair in savings else None
-                    )
-                    policies[name][f"token_saving_vs_{reference}"] = _json(saving)
         headline = self._headline()
         return {"clips": self.clips, "metric": self.metric, "policies": policies, "headline": headline}
 
@@ -113,16 +124,15 @@ class Comparison:
         """Eq. 8 under clip weights [N], in percent."""
         return float(100 * (weights @ (point.reward - self.worst)) / (weights @ (self.best - self.worst)))
 
-    def _savings(self, weights: Floats) -> dict[tuple[str, str], float]:
+    def _savings(self, backbone: str, weights: Floats) -> dict[tuple[str, str], float]:
         """Token saving in percent of every (policy, reference) under clip weights [N], the same for both."""
         sign = 1.0 if self.higher_is_better else -1.0
         curves = {}
         for policy in dict.fromkeys(point.policy for point in self.points):
             points = self._curve(policy)
             tokens = np.array([point.tokens @ weights for point in points])
-            curves[policy] = Curve(
-                tokens, sign * np.array([point.quality[self.metric] @ weights for point in points])
-            )
+            quality = np.array([getattr(point, backbone)[self.metric] @ weights for point in points])
+            curves[policy] = Curve(tokens, sign * quality)
         return {
             (policy, reference): token_saving(curve, curves[reference])
             for policy, curve in curves.items()

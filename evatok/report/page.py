@@ -138,7 +138,7 @@ def _tiles(summary: Mapping[str, Any] | None) -> list[Tile]:
     measure, best = figures.title_of(metric), head["best_uniform"]
     tiles = []
     if router := summary["policies"].get("router"):
-        against = f"best uniform ({best['label']} per block): {number(best['reward_percentile'])} %"
+        against = f"best uniform ({best['label']}): {number(best['reward_percentile'])} %"
         tiles.append(
             Tile("router\u2019s reward percentile", f"{number(router['reward_percentile'])} %", against)
         )
@@ -296,14 +296,17 @@ def _counts(truth: np.ndarray, guess: np.ndarray, choices: Sequence[int]) -> lis
 
 
 def _curves(stage: Location) -> Figures:
-    """One panel per metric, both splits in it, evaluated metrics first; then where the steps' time went."""
+    """One panel per metric that moves, both splits in it, qualities first; then where a step's time went."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in read_curves(stage):
         for key, value in row.items():
             if key not in ("step", "samples", "time", "split") and isinstance(value, int | float):
                 series[key][row["split"]].append((row["step"], value))
     times = {key.removeprefix("time_"): series.pop(key) for key in list(series) if key.startswith("time_")}
-    first = sorted(series, key=lambda key: ("eval" not in series[key], key != "loss", key))
+    moving = [key for key, splits in series.items() if len({v for c in splits.values() for _, v in c}) > 1]
+    first = sorted(
+        moving, key=lambda key: (key not in figures.METRICS, key != "loss", "eval" not in series[key], key)
+    )
     panels = [figures.curve_panel(figures.title_of(key), series[key]) for key in first]
     if times:
         means = {part: float(np.mean([v for _, v in splits["train"]])) for part, splits in times.items()}
