@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -57,7 +58,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[N, H, E]`` of ``x [N, D]``."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k, v = rearrange(self.qkv(x), "n (three h e) -> three n h e", three=3, h=self.heads)
         return q, k, v
 
     def forward(self, x: Tensor, ranges: Ranges) -> Tensor:
@@ -76,11 +77,11 @@ class CrossAttention(nn.Module):
 
     def project_query(self, x: Tensor) -> Tensor:
         """Queries ``[N, H, E]`` of ``x [N, D]``."""
-        return self.q(x).unflatten(-1, (self.heads, -1))  # type: ignore[no-any-return]
+        return rearrange(self.q(x), "n (h e) -> n h e", h=self.heads)  # type: ignore[no-any-return]
 
     def project_reference(self, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[M, H, E]`` of ``reference [M, D]``."""
-        k, v = self.kv(reference).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        k, v = rearrange(self.kv(reference), "m (two h e) -> two m h e", two=2, h=self.heads)
         return k, v
 
     def forward(self, x: Tensor, reference: Tensor, ranges: Ranges) -> Tensor:

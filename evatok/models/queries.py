@@ -11,6 +11,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 
 
@@ -32,10 +33,10 @@ def pool_levels(patches: Tensor, count: int) -> Tensor:
     pooled = []
     for (rows, columns), (finer_rows, finer_columns) in zip(groups[::-1], [groups[-1], *groups[:0:-1]]):
         if finer_columns > columns:
-            blocks = (blocks[:, :, 0::2] + blocks[:, :, 1::2]) / 2
+            blocks = reduce(blocks, "n h (w two) d -> n h w d", "mean", two=2)
         elif finer_rows > rows:
-            blocks = (blocks[:, 0::2] + blocks[:, 1::2]) / 2
-        pooled.append(blocks.flatten(1, 2))
+            blocks = reduce(blocks, "n (h two) w d -> n h w d", "mean", two=2)
+        pooled.append(rearrange(blocks, "n h w d -> n (h w) d"))
     pooled.reverse()
     return torch.unflatten(torch.cat(pooled, 1)[:, :count], 0, patches.shape[:2])
 

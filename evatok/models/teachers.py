@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -73,9 +74,9 @@ class Teacher(nn.Module):
         found: Tensor = self.backbone(pixels, skip_predictor=True).last_hidden_state
         if (self.cells, self.cells) == self.grid:
             return found
-        maps = torch.unflatten(found, 1, (-1, self.cells, self.cells)).flatten(0, 1).permute(0, 3, 1, 2)
+        maps = rearrange(found, "b (t h w) d -> (b t) d h w", h=self.cells, w=self.cells)
         maps = F.interpolate(maps, self.grid, mode="bilinear", antialias=True)
-        return torch.unflatten(maps.flatten(2).mT, 0, (len(clips), -1)).flatten(1, 2)
+        return rearrange(maps, "(b t) d h w -> b (t h w) d", b=len(clips))
 
 
 class AlignmentHead(nn.Module):
@@ -98,8 +99,8 @@ class AlignmentHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Decoder features ``[B, T * h * w, D]`` -> ``[B, T * steps * h * w, width]``, as the teacher's."""
-        projected = torch.unflatten(self.project(features), -1, (self.steps, -1))
-        return torch.unflatten(projected, 1, (-1, self.cells)).transpose(2, 3).flatten(1, 3)
+        projected: Tensor = self.project(features)
+        return rearrange(projected, "b (t n) (s d) -> b (t s n) d", n=self.cells, s=self.steps)
 
 
 def standardised(clips: Tensor, size: int, frames: int) -> Tensor:
@@ -110,11 +111,11 @@ def standardised(clips: Tensor, size: int, frames: int) -> Tensor:
     if frames != clips.shape[2]:
         chosen = (torch.arange(frames, device=clips.device) * clips.shape[2]) // frames
         clips = clips.index_select(2, chosen)
-    pictures = clips.transpose(1, 2).flatten(0, 1)
+    pictures = rearrange(clips, "b c f h w -> (b f) c h w")
     if pictures.shape[-2:] != (size, size):
         pictures = F.interpolate(pictures, (size, size), mode="bicubic", antialias=True)
     mean, std = (pictures.new_tensor(v)[:, None, None] for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-    return torch.unflatten((pictures - mean) / std, 0, (len(clips), frames))
+    return rearrange((pictures - mean) / std, "(b f) c h w -> b f c h w", f=frames)
 
 
 def build_teacher(config: TeacherConfig, tokenizer: TokenizerConfig) -> Teacher:
