@@ -75,6 +75,13 @@ def test_a_subtree_is_scored_alone(make_tokenizer: Make, make_clips: Clips, pref
     torch.testing.assert_close(part, brute_force(tokenizer, clips, space, metrics, prefix=prefix)["mse"])
 
 
+def test_a_proxy_that_sees_later_blocks_is_refused(make_tokenizer: Make, make_clips: Clips) -> None:
+    causal = make_tokenizer(2)
+    tokenizer = VideoTokenizer(causal.config.model_copy(update={"causal": False}))
+    with pytest.raises(UserError, match="causal"):
+        full(tokenizer, make_clips(1, 2), space_of(tokenizer), [load_quality("mse")])
+
+
 def rewards_of(
     tokenizer: VideoTokenizer, clips: Tensor, metric: str, weights: RewardWeights
 ) -> tuple[Tensor, RewardStatistics]:

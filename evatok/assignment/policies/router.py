@@ -52,7 +52,7 @@ class BudgetedPolicy(BasePolicy):
 
     kind: Literal["budgeted"] = "budgeted"
     budget: float = Field(gt=0, description="most tokens of a clip, or their mean over a batch")
-    scope: Literal["clip", "batch"] = Field("clip", description="what the budget holds for")
+    scope: Literal["clip", "batch"] = Field(default="clip", description="what the budget holds for")
     w_q: float | None = Field(None, ge=0, le=2, description="as in the router policy")
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evatok.assignment.reward import block_loss, clip_quality
 from evatok.assignment.space import AssignmentSpace
+from evatok.errors import UserError
 from evatok.metrics.pixels import QualityMetric
 from evatok.models.blocks import KvCache
 from evatok.models.tokenizer import VideoTokenizer
@@ -90,6 +91,11 @@ class BlockEvaluator:
         space: AssignmentSpace,
         metrics: Sequence[QualityMetric],
     ) -> None:
+        if not tokenizer.config.causal:
+            raise UserError(
+                "search needs a block-causal proxy, where no block depends on later ones: train it with"
+                " model.causal: true"
+            )
         self.tokenizer = tokenizer
         self.space = space
         self.metrics = metrics
@@ -225,11 +231,12 @@ def targets(clips: Tensor, blocks: int) -> Tensor:
 
 
 def nodes_at_once(tokenizer: VideoTokenizer, memory: int) -> int:
-    """How many nodes to extend at once: their children of all choices take a quarter of ``memory``."""
+    """How many nodes to extend at once, so that all their children take a quarter of ``memory`` bytes."""
     config = tokenizer.config
     element = tokenizer.patch_embed.weight.element_size()
-    per_token = 2 * element * config.encoder.layers * config.encoder.width
-    per_token += 2 * element * config.decoder.layers * config.decoder.width
-    pixels = 2 * element * config.decoder.layers * config.decoder.width * config.patches
-    children = sum(count * per_token + pixels for count in config.choices)
-    return max(1, memory // (4 * children))
+    decoder = 2 * element * config.decoder.layers * config.decoder.width
+    per_token = 2 * element * config.encoder.layers * config.encoder.width + decoder
+    children = sum(count * per_token + config.patches * decoder for count in config.choices)
+    # A perceptual metric keeps tens of float32 features per pixel.
+    features = 64 * 4 * config.patch[0] * config.size**2
+    return max(1, memory // (4 * (children + features)))
