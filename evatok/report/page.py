@@ -77,7 +77,7 @@ def render(run: Location) -> str:
             curves={name: panels for name in _ordered(folders) if (panels := _curves(run / name))},
             index=_index(run / "index"),
             reward=_json(run / "curate", "statistics.json"),
-            router=_json(run / "router", "evaluation.json"),
+            router=_held_out(manifests.get("router")),
             experiment=_text(run, "experiment.yaml"),
             versions=next(iter(manifests.values())).versions if manifests else {},
             seeds=sorted({m.seed for m in manifests.values()}),
@@ -312,6 +312,12 @@ def _curves(stage: Location) -> Figures:
         means = {part: float(np.mean([v for _, v in splits["train"]])) for part, splits in times.items()}
         panels.append(figures.shares("time of a step", means))
     return panels
+
+
+def _held_out(router: Manifest | None) -> dict[str, Any]:
+    """The router's last measures on held-out clips."""
+    metrics = router.metrics if router else {}
+    return {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
 
 
 def _index(index: Location) -> dict[str, Any] | None:

@@ -94,6 +94,10 @@ def test_the_page_counts_what_the_index_rejected_by_reason(fabricated_run):
     assert re.search(r"unreadable</th><td>3<", page)
 
 
+def test_the_router_section_shows_its_held_out_measures(fabricated_run):
+    assert re.search(r"<dt>top1</dt><dd>0.117</dd>", render(fabricated_run))
+
+
 def test_where_the_time_went_is_one_panel_with_what_is_left_over(fabricated_run):
     page = render(fabricated_run)
     assert page.count("time of a step: backward 45 %, forward 40 %, data 10 %, other 5 %") == 3
