@@ -1,0 +1,76 @@
+"""The commands encode, decode and reconstruct on a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evatok.cli import main
+from evatok.cli.codec import with_bar
+from evatok.models.tokens import Tokens
+from evatok.video.synthetic import write_videos
+from evatok.video.write import write_video
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> str:
+    return str(tmp_path / write_videos(tmp_path, 1, seed=5, blocks=8)[0].name)
+
+
+def test_a_budget_is_kept_by_every_clip(tiny_run: Path, video: str, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.safetensors"
+    assert main(["encode", str(tiny_run), video, "--budget", "20", "--output", str(tokens)]) == 0
+    lengths = Tokens.load(tokens).lengths
+    assert len(lengths) == 2
+    assert (lengths.sum(1) <= 20).all()
+
+
+def test_any_policy_can_assign(tiny_run: Path, video: str, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.safetensors"
+    policy = ["--policy", "{kind: uniform, count: 4}"]
+    assert main(["encode", str(tiny_run), video, *policy, "--output", str(tokens)]) == 0
+    assert (Tokens.load(tokens).lengths == 4).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--policy", "rooter"], "router"),
+        (["--policy", "{kind: uniform, count: 3}"], "3"),
+        (["--budget", "1"], "budget"),
+        (["--budget", "20", "--policy", "router"], "exclude"),
+    ],
+)
+def test_a_wrong_policy_is_the_users_to_mend(
+    words: list[str], said: str, tiny_run: Path, video: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["encode", str(tiny_run), video, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_short_or_broken_video_is_named(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, broken = tmp_path / "short.mp4", tmp_path / "broken.mp4"
+    write_video(short, np.zeros((3, 5, 32, 32), np.uint8), 8)
+    broken.write_text("no video")
+    for file in (short, broken, tmp_path / "absent.mp4"):
+        assert main(["reconstruct", str(tiny_run), str(file)]) == 2
+        assert file.name in capsys.readouterr().err
+
+
+def test_a_file_that_holds_no_tokens_is_refused(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokens.safetensors"
+    file.write_text("none")
+    assert main(["decode", str(tiny_run), str(file)]) == 2
+    assert "tokens.safetensors" in capsys.readouterr().err
+
+
+def test_the_bar_is_as_long_as_the_blocks_share() -> None:
+    picture = np.zeros((3, 8, 4, 10), np.uint8)
+    bars = with_bar(picture, np.array([0.5, 1.0]))[0, :, -1]
+    assert (bars > 0).sum(1).tolist() == [5] * 4 + [10] * 4
