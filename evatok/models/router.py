@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evatok.config import Config
 from evatok.models.layers import TransformerSize
+from evatok.models.patches import centred, patchify
 from evatok.models.pretrained import PretrainedModel
 from evatok.models.tokenizer import Size
 
@@ -95,10 +96,7 @@ class Router(PretrainedModel):
         """
         if (w_q is None) == self.config.conditioned:
             raise ValueError("w_q goes with a conditioned router, and only with one")
-        p, h, w = self.config.patch
-        pixels = clips.float() / 255 if clips.dtype == torch.uint8 else clips
-        patches = (pixels - 0.5).unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, p))
-        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(2, 3)  # [B, T, h*w, C*p*h*w]
+        patches = patchify(centred(clips), self.config.patch).flatten(2, 3)  # [B, T, h*w, voxels]
         x = self.patch(patches.to(self.patch.weight.dtype)) + self.time_position + self.space_position
         cls = self.cls.expand(len(clips), -1)
         if w_q is not None:
