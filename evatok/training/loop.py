@@ -162,7 +162,10 @@ def train(
             curves.flush()
             checkpoints.save(run.state(), {**curves.latest, "step": run.step, "samples": run.samples})
     curves.flush()
-    return Trained(curves.latest, run.engines["model"].weights())
+    weights = run.engines["model"].weights()
+    if not all(bool(value.isfinite().all()) for value in weights.values()):
+        raise run.diverged()
+    return Trained(curves.latest, weights)
 
 
 class _Run:
@@ -299,11 +302,14 @@ class _Run:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.max_skipped:
-            raise UserError(
-                f"training diverged: {self.skipped_in_a_row} losses in a row were not finite, the last at "
-                f"step {self.step}. The newest checkpoint is from before and is kept. Lower train.lr or "
-                "train.clip, lengthen train.warmup, or set train.precision to fp32."
-            )
+            raise self.diverged()
+
+    def diverged(self) -> UserError:
+        return UserError(
+            f"training diverged: {self.skipped_in_a_row} losses in a row were not finite, the last at "
+            f"step {self.step}. The newest checkpoint is from before and is kept. Lower train.lr or "
+            "train.clip, lengthen train.warmup, or set train.precision to fp32."
+        )
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
