@@ -106,16 +106,15 @@ def headlines(summary: dict[str, Any]) -> dict[str, Any]:
     head = summary["headline"]
     found = {
         "clips": summary["clips"],
-        "best_uniform_percentile": head["best_uniform"]["reward_percentile"],
-        "best_uniform_reward": head["best_uniform"]["reward"],
+        "best_single_uniform_percentile": head["best_uniform"]["reward_percentile"],
+        "best_single_uniform_reward": head["best_uniform"]["reward"],
         "oracle_reward": head["oracle_reward"],
         "quality_rises_with_tokens": head["rises_with_tokens"],
     }
-    for name, entry in summary["policies"].items():
-        found[f"{name}_percentile"] = entry["reward_percentile"]
-        for reference in ("uniform", "static"):
-            if saving := entry[f"token_saving_vs_{reference}"]:
-                found[f"{name}_token_saving_vs_{reference}"] = saving["value"]
+    found |= {f"{name}_percentile": entry["reward_percentile"] for name, entry in summary["policies"].items()}
+    for reference in ("uniform", "static"):
+        if saving := summary["policies"].get("router", {}).get(f"token_saving_vs_{reference}"):
+            found[f"router_token_saving_vs_{reference}"] = saving["value"]
     return found
 
 
