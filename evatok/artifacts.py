@@ -165,11 +165,11 @@ class Location:
 
     def download(self, name: str, local_dir: str | Path) -> Path:
         """Copy the folder ``name`` (or the one file ``name``) into ``local_dir``; returns the copy."""
-        local = Path(local_dir)
-        local.mkdir(parents=True, exist_ok=True)
         info = self.fs.get_file_info(self._at(name))
         if info.type == pafs.FileType.NotFound:
             raise FileNotFoundError(f"{self.uri}/{name}")
+        local = Path(local_dir)
+        local.mkdir(parents=True, exist_ok=True)
         target = local / info.base_name if info.type == pafs.FileType.File else local
         pafs.copy_files(
             self._at(name),

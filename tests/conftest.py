@@ -196,7 +196,7 @@ def start_ray(tmp_path: Path) -> Iterator[Callable[..., Head]]:
 
     def start_head(*options: str, autoscaling: Callable[[str], dict[str, Any]] | None = None) -> Head:
         port, dashboard = free_port(), free_port()
-        env: dict[str, str] = {}
+        env = {"RAY_raylet_start_wait_time_s": "300"}  # this machine may be busy
         if autoscaling is not None:
             from ray.util import get_node_ip_address
 
@@ -204,7 +204,7 @@ def start_ray(tmp_path: Path) -> Iterator[Callable[..., Head]]:
             Path(f"{folder}/launcher.json").write_text(json.dumps(launcher))
             options = (*options, f"--autoscaling-config={folder}/launcher.json")
             head_id = launcher["provider"]["head_node_id"]
-            env = dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), head_id)
+            env |= dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), head_id)
             env |= {
                 "RAY_enable_autoscaler_v2": "1",
                 "RAY_FAKE_CLUSTER": "1",
@@ -215,16 +215,20 @@ def start_ray(tmp_path: Path) -> Iterator[Callable[..., Head]]:
             *own, f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}", *options, env=env
         )
         address = f"127.0.0.1:{port}"
-        _wait_for(f"http://127.0.0.1:{dashboard}/api/gcs_healthz", processes[0], folder)
+        agent = ports["dashboard-agent-listen-port"]  # what starts jobs; comes up last
+        for url in (f"{dashboard}/api/gcs_healthz", f"{agent}/api/local_raylet_healthz"):
+            _wait_for(f"http://127.0.0.1:{url}", processes[0], folder)
 
         def start_node(*options: str) -> None:
-            start(f"--address={address}", *options, env={})
+            start(f"--address={address}", *options, env=env)
 
         return Head(
             address, f"http://127.0.0.1:{dashboard}", ports["metrics-export-port"], folder, start_node
         )
 
     yield start_head
+    for log in sorted(Path(folder).glob("ray-start-*.log")):
+        print(log.read_text())  # pytest shows it when the test has failed
     _end_processes_of(folder, processes)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -23,6 +23,7 @@ from evatok.distributed.cluster import use_token
 from evatok.errors import UserError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_STARTING_SECONDS = 120.0
 _RUN = "evatok_run"  # in a job's metadata: the run that it works on
 
 
@@ -107,13 +108,23 @@ def _start(client: JobSubmissionClient, experiment: str, name: str, run: str, op
         package = Path(__file__).parents[1]
         shutil.copytree(package, Path(folder) / package.name, ignore=shutil.ignore_patterns("__pycache__"))
         (Path(folder) / "experiment.yaml").write_text(experiment, encoding="utf-8")
-        job: str = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "evatok.cli", "run", "experiment.yaml", *options]),
-            submission_id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            runtime_env={"working_dir": folder},
-            metadata={_RUN: run},
-        )
-    return job
+        deadline = time.monotonic() + _STARTING_SECONDS
+        while True:
+            try:
+                return str(
+                    client.submit_job(
+                        entrypoint=shlex.join(
+                            ["python", "-m", "evatok.cli", "run", "experiment.yaml", *options]
+                        ),
+                        submission_id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+                        runtime_env={"working_dir": folder},
+                        metadata={_RUN: run},
+                    )
+                )
+            except RuntimeError as error:  # a head node that has just started answers before it takes jobs
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(2)
 
 
 async def _tail(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> None:

@@ -141,3 +141,16 @@ def test_node_groups_of_the_readme_are_those_of_the_manifests():
     readme = (CLUSTER / "README.md").read_text()
     (example,) = re.findall(r"```yaml\nresources:\n(.*?)```", readme, re.S)
     assert set(yaml.safe_load(example)["groups"].values()) == GROUPS
+
+
+def test_working_dir_of_a_job_is_small_and_has_what_a_run_needs(tmp_path):
+    from zipfile import ZipFile
+
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(str(ROOT), tmp_path / "job.zip", include_gitignore=True)
+    with ZipFile(tmp_path / "job.zip") as package:
+        names = package.namelist()
+    assert {"evatok/cli/__main__.py", "experiments/quickstart.yaml"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests/", ".git/", ".venv/", "runs/"))]
+    assert (tmp_path / "job.zip").stat().st_size < 5 * 2**20
