@@ -5,12 +5,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from evatok.artifacts import Location
+from evatok.artifacts import Artifact, Location
 from evatok.config import parse
 from evatok.metrics.frechet import FeatureStatistics, frechet_distance
 from evatok.models.generator import Generator, GeneratorConfig
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
 from evatok.stages.generate import STAGE, GenerateConfig, Producer, _show, distances, produce
+from evatok.stages.stage import Resources, StageContext
+from evatok.video.index import REJECTED_SCHEMA, write_index
+from evatok.video.index import SCHEMA as INDEX_SCHEMA
 
 TINY = TokenizerConfig(
     frames=12,
@@ -73,6 +76,34 @@ def test_clips_are_the_same_however_they_are_split_over_tasks():
         assert (row["indices"], row["lengths"]) == (other["indices"], other["lengths"])
         assert np.allclose(row["features"], other["features"], atol=1e-5)
         assert (row["mp4"] is None) == (row["number"] >= 2)
+
+
+def test_stage_generates_in_ray_tasks_and_reports_tokens(ray_cluster, tmp_path):
+    maker = producer(clips=6, clips_per_task=4, shown=2)
+    for name in ("tokenizer", "generator"):
+        getattr(maker, name).save_pretrained(tmp_path / name / "model")
+    write_index(Location.parse(tmp_path / "index"), INDEX_SCHEMA.empty_table(), REJECTED_SCHEMA.empty_table())
+    context = StageContext(
+        stage="generate",
+        run_id="generate-test",
+        location=Location.parse(tmp_path / "generate"),
+        inputs={
+            name: Artifact(Location.parse(tmp_path / name), None)
+            for name in ("index", "tokenizer", "tokens", "generator")
+        },
+        config=maker.config,
+        experiment=SimpleNamespace(tokens=SimpleNamespace(part=None)),
+        seed=7,
+        resources=Resources(),
+        listener=SimpleNamespace(log=lambda *_: None, progress=lambda *_: None),
+    )
+    metrics = STAGE.run(context)
+    here = produce(np.arange(6), maker).table
+    made = context.location.read_table("table")
+    assert made["indices"].to_pylist() == here["indices"].to_pylist()
+    assert metrics["clips"] == 6
+    assert metrics["mean_tokens"] == pytest.approx(np.mean([sum(row) for row in here["lengths"].to_pylist()]))
+    assert len(context.location.read_json("samples.json")["clips"]) == 2
 
 
 def test_budget_and_assignment_hold_in_every_clip():

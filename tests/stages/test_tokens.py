@@ -5,15 +5,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from evatok.artifacts import Location
+from evatok.artifacts import Artifact, Location
 from evatok.assignment.policies import Sources
 from evatok.assignment.space import AssignmentSpace
 from evatok.config import parse
 from evatok.models.router import Router, RouterConfig
 from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
+from evatok.stages.stage import Resources, StageContext
 from evatok.stages.tokens import STAGE, Encoder, TokensConfig, encode_clips
-from evatok.training.token_table import SCHEMA
+from evatok.training.token_table import SCHEMA, read_rows, read_vocabulary
 from evatok.video.decode import ClipFormat, decode_clip
 from evatok.video.index import REJECTED_SCHEMA, ClipIndex, write_index
 from evatok.video.index import SCHEMA as INDEX_SCHEMA
@@ -108,6 +109,34 @@ def test_frame_prediction_encodes_the_given_frames_alone_and_routes_within_the_p
         assert table["condition"][row].as_py() == alone.tolist()
         # Block 0 is wholly given and the tokenizer is causal: sampling may take it over.
         assert table["indices"][row].as_py()[:4] == alone[:4].tolist()
+
+
+def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, monkeypatch):
+    maker = encoder(index, passes=2, clips_per_task=2)
+    maker.tokenizer.save_pretrained(tmp_path / "tokenizer/model")
+    monkeypatch.setattr("evatok.stages.tokens.policy_sources", lambda *_: Sources(SPACE))
+    inputs = {"index": index.location, "tokenizer": Location.parse(tmp_path / "tokenizer")}
+    context = StageContext(
+        stage="tokens",
+        run_id="tokens-test",
+        location=Location.parse(tmp_path / "tokens"),
+        inputs={name: Artifact(location, None) for name, location in inputs.items()},
+        config=maker.config,
+        experiment=SimpleNamespace(tokens=maker.config, curate=SimpleNamespace(reward=None)),
+        seed=0,
+        resources=Resources(),
+        listener=SimpleNamespace(log=lambda *_: None, progress=lambda *_: None),
+    )
+    metrics = STAGE.run(context)
+    assert (metrics["clips"], metrics["rejected"], metrics["mean_tokens"]) == (8, 1, 6.0)
+    rows = read_rows(context.location, "train")
+    assert rows["clip_id"].to_pylist() == ["c0", "c1", "c2", "c4"] * 2
+    assert rows["augmentation"].to_pylist() == [0] * 4 + [1] * 4
+    plain = encode_clips((np.arange(5), 0), maker).table
+    assert rows["indices"].to_pylist()[:4] == plain["indices"].to_pylist()
+    vocabulary = read_vocabulary(context.location)
+    assert vocabulary.labels == ("a", "b")
+    assert vocabulary.codebook == maker.tokenizer.codebook
 
 
 @pytest.mark.parametrize(
