@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 Floats = NDArray[np.float64]
 
@@ -51,15 +51,6 @@ class I3D:
         pixels = clips.float().clamp(0, 1) * 255
         features: Tensor = network(pixels, rescale=True, resize=True, return_features=True)
         return features.flatten(1)
-
-
-def weights_name(kind: str, network: nn.Module) -> str:
-    """``kind@`` and eight hex digits over all parameters and buffers of a network."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return f"{kind}@{digest.hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
