@@ -55,13 +55,7 @@ class Experiment(Config):
 @functools.cache
 def experiment_type() -> type[Experiment]:
     """The type of an experiment file."""
-    sections: dict[str, Any] = {}
-    for name in CHAIN:
-        try:
-            sections[name] = (_stage(name).config | None, None)
-        except ModuleNotFoundError as error:  # TODO(platform): goes when all stages are there
-            if error.name != f"evatok.stages.{name}":
-                raise
+    sections: dict[str, Any] = {name: (_stage(name).config | None, None) for name in CHAIN}
     return create_model("ExperimentFile", __base__=Experiment, __module__=__name__, **sections)
 
 

@@ -56,6 +56,7 @@ def fit(
     workers: int,
     cpus_per_worker: float = 1,
     use_gpu: bool = False,
+    label_selector: dict[str, str] | None = None,
     evaluation: Callable[[], Dataset] | None = None,
     listener: Listener | None = None,
     max_failures: int = 3,
@@ -67,6 +68,7 @@ def fit(
     replaced up to ``max_failures`` times (a preempted one without limit), and the stream is then made anew
     from the samples that the newest checkpoint has seen.
     ``workers`` 0 trains in this process, without actors of Ray Train and without retries.
+    ``label_selector``: labels of the nodes that workers may run on.
     ``evaluation``: held-out samples, few: each worker keeps its share in memory, so that an evaluation never
     waits for a stream nor holds one up.
     Returns the last metrics. Raises UserError for what is the user's to mend (a diverged loss among it).
@@ -90,6 +92,7 @@ def fit(
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=use_gpu,
+                label_selector=label_selector,
                 resources_per_worker={"CPU": cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
             ),
             run_config=RunConfig(

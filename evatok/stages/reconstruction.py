@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from pydantic import Field
 from evatok.config import OPERATIONAL, Config
 from evatok.losses import LossConfig
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
+from evatok.stages.fitting import fit_on_clips
 from evatok.stages.stage import Description, StageContext
 from evatok.training.loop import TrainConfig
 from evatok.training.reconstruction import Assigner, TokenizerTask
@@ -43,38 +43,17 @@ def train_tokenizer(
     assignments: Callable[[torch.device], Assigner],
 ) -> dict[str, float]:
     """Train on the index's training clips and leave ``model/`` and ``curves/``; returns the last metrics."""
-    from evatok.distributed.stream import clip_stream
-    from evatok.distributed.train import fit
-
     index = ClipIndex.open(context.inputs["index"].location)
-    clips, held_out = index.select(split="train"), index.select(split="test")
-    form = ClipFormat(frames=config.model.frames, size=config.model.size, crop=config.crop, flip=config.flip)
-    whole = form.model_copy(update={"crop": "center", "flip": False})
-    workers = context.resources.workers
-    shown = min(config.held_out, len(held_out)) // max(1, workers) * max(1, workers)
-    return fit(
+    return fit_on_clips(
+        context,
         TokenizerTask(config.model, config.losses, assignments),
         config.train,
-        partial(clip_stream, clips, clips.order(context.seed), form, seed=context.seed),
-        location=context.location,
-        run_id=context.run_id,
-        seed=context.seed,
-        workers=workers,
-        cpus_per_worker=context.resources.cpus_per_worker,
-        use_gpu=context.resources.use_gpu,
-        evaluation=partial(
-            clip_stream,
-            held_out,
-            held_out.order(0),
-            whole,
-            seed=0,
-            start=0,
-            count=shown,
-            rows_per_block=1,
-        )
-        if shown and config.train.eval_every
-        else None,
-        listener=lambda done, total, figures: context.progress(done, total, "steps", **figures),
+        clips=index.select(split="train"),
+        held_out=index.select(split="test"),
+        shown=config.held_out,
+        form=ClipFormat(
+            frames=config.model.frames, size=config.model.size, crop=config.crop, flip=config.flip
+        ),
     )
 
 

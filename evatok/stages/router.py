@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from evatok.models.layers import TransformerSize
 from evatok.models.router import Router, RouterConfig, RouterObjective
 from evatok.models.tokenizer import Size, TokenizerConfig
 from evatok.stages.curate import load_statistics
+from evatok.stages.fitting import fit_on_clips
 from evatok.stages.stage import Description, Stage, StageContext
 from evatok.training.loop import TrainConfig
 from evatok.training.routing import RouterTask
@@ -56,21 +56,14 @@ class RouterStageConfig(Config):
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train on the curated training clips; returns the last metrics, held-out ones where there are any."""
-    from evatok.distributed.stream import clip_stream
-    from evatok.distributed.train import fit
-
     config: RouterStageConfig = context.config
     reward = context.experiment.curate.reward
     proxy = context.experiment.proxy.model
     curated = context.inputs["curate"].location
     table = RewardTable.open(curated / "table")
     index = ClipIndex.open(context.inputs["index"].location)
-    clips = _clips(index, table, "train")
-    held_out = _clips(index, table, "test")
-    form = ClipFormat(frames=proxy.frames, size=proxy.size)
-    workers = context.resources.workers
-    shown = min(config.held_out, len(held_out)) // max(1, workers) * max(1, workers)
-    return fit(
+    return fit_on_clips(
+        context,
         RouterTask(
             router=config.model(proxy),
             objective=config.objective,
@@ -81,26 +74,10 @@ def run(context: StageContext) -> dict[str, Any]:
             seed=context.seed,
         ),
         config.train,
-        partial(clip_stream, clips, clips.order(context.seed), form, seed=context.seed),
-        location=context.location,
-        run_id=context.run_id,
-        seed=context.seed,
-        workers=workers,
-        cpus_per_worker=context.resources.cpus_per_worker,
-        use_gpu=context.resources.use_gpu,
-        evaluation=partial(
-            clip_stream,
-            held_out,
-            held_out.order(0),
-            form,
-            seed=0,
-            start=0,
-            count=shown,
-            rows_per_block=1,
-        )
-        if shown and config.train.eval_every
-        else None,
-        listener=lambda done, total, figures: context.progress(done, total, "steps", **figures),
+        clips=_clips(index, table, "train"),
+        held_out=_clips(index, table, "test"),
+        shown=config.held_out,
+        form=ClipFormat(frames=proxy.frames, size=proxy.size),
     )
 
 
