@@ -36,6 +36,7 @@ from evatok.video.synthetic import write_videos
 
 VIDEOS = 8
 BLOCKS = 4
+START_SECONDS = 600.0  # a plain process that is not ready by then has died
 PROXY = TokenizerConfig(
     size=32,
     choices=(2, 4, 8, 16, 32),
@@ -205,7 +206,7 @@ def _plain(job: Job, shards: Sequence[Shard], workers: int) -> float:
     ]
     for process in processes:
         process.start()
-    ready.wait()
+    ready.wait(timeout=START_SECONDS)
     started = time.monotonic()
     for process in processes:
         process.join()
@@ -217,7 +218,7 @@ def _plain(job: Job, shards: Sequence[Shard], workers: int) -> float:
 
 def _plain_worker(job: Job, shards: Sequence[Shard], ready: Barrier) -> None:
     state = job.state() if job.state else None
-    ready.wait()
+    ready.wait(timeout=START_SECONDS)
     for shard in shards:
         record = make_shard(job, state, shard)
         if record.failure:
