@@ -2,32 +2,40 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 
 import pytest
-import ray
 
+from evatok.distributed.metrics import METRICS
+
+# A process of its own: Ray ties a process's metrics to the first cluster that it was connected to.
+DRIVER = """
+import sys
+import ray
 from evatok.distributed.fanout import Progress
-from evatok.distributed.metrics import METRICS, FanOutMetrics, TrainingMetrics
+from evatok.distributed.metrics import FanOutMetrics, TrainingMetrics
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+row = {"step": 5, "samples": 80, "split": "train", "loss": 0.25, "clips_per_second": 3.0}
+row |= {"tokens_per_second": 900.0, "time_data": 0.1, "reward_percentile": 91.0}
+training = TrainingMetrics("quickstart-proxy")
+training.write(row)
+fanout = FanOutMetrics("quickstart-curate", assignments=625)
+fanout(Progress(items=3, total=10, rate=2.0, left=3.5, retries=1, rejected=2, running=4))
+sys.stdin.read()
+"""
 
 
 def test_every_metric_is_scraped_from_a_running_cluster(start_ray):
     head = start_ray("--num-cpus=1")
-    ray.shutdown()
-    ray.init(address=head.address, log_to_driver=False)
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, head.address], stdin=subprocess.PIPE)
     try:
-        training, fanout = (
-            TrainingMetrics("quickstart-proxy"),
-            FanOutMetrics("quickstart-curate", assignments=625),
-        )
-        row = {"step": 5, "samples": 80, "split": "train", "loss": 0.25, "clips_per_second": 3.0}
-        row |= {"tokens_per_second": 900.0, "time_data": 0.1, "reward_percentile": 91.0}
-        training.write(row)
-        fanout(Progress(items=3, total=10, rate=2.0, left=3.5, retries=1, rejected=2, running=4))
         found = scrape(head)
     finally:
-        ray.shutdown()
+        driver.communicate()
     assert {f"ray_{name}" for name in METRICS} <= found.keys()
     assert found["ray_evatok_train_loss"] == ("quickstart-proxy", 0.25)
     assert found["ray_evatok_fanout_assignments_per_second"] == ("quickstart-curate", 1250.0)

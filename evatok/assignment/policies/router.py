@@ -12,7 +12,7 @@ from evatok.assignment.policies.budget import affordable, budgets, spend
 from evatok.assignment.policies.policy import WEIGHTS, BasePolicy, Evidence, Sources
 from evatok.assignment.space import AssignmentSpace
 
-_PRICES = (16.0, 8.0, 4.0, 2.0, 0.0, -2.0, -4.0, -8.0, -16.0)
+_PRICES = (8.0, 4.0, 2.0, 1.0, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -4.0, -8.0)
 
 
 class RouterPolicy(BasePolicy):
