@@ -59,9 +59,12 @@ def test_data() -> Path:
     return Path(named).resolve()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[str]:
-    """The session's one local Ray, 4 logical CPUs; yields its address."""
+    """A local Ray with 4 logical CPUs; yields its address.
+
+    One per module: what a killed stream had reserved would otherwise stay reserved for the modules after it.
+    """
     import ray
 
     context = ray.init(
