@@ -19,6 +19,8 @@ from evatok.distributed.stream import ordered_stream
 from evatok.distributed.train import fit
 from evatok.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ray.cloudpickle.register_pickle_by_value(toy)
 
 
