@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from evatok.config import Config
 from evatok.models.augment import augment
-from evatok.models.layers import TransformerSize
+from evatok.models.layers import TransformerSize, encoder_layer
 from evatok.models.patches import Patch, centred, patchify
 from evatok.models.teachers import load_videomae, standardised
 from evatok.models.tokenizer import Size, TokenizerConfig
@@ -69,18 +69,7 @@ class TransformerDiscriminator(nn.Module):
         self.position = nn.Parameter(torch.randn(places, width) * 0.02)
         if config.logits == "cls":
             self.cls = nn.Parameter(torch.randn(width) * 0.02)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width,
-                config.network.heads,
-                4 * width,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(config.network.layers)
-        )
+        self.layers = nn.ModuleList(encoder_layer(config.network) for _ in range(config.network.layers))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
     def forward(self, clips: Tensor) -> Tensor:

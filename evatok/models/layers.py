@@ -47,6 +47,19 @@ class TransformerSize(Config):
         return cls(width=width, layers=layers, heads=heads)
 
 
+def encoder_layer(size: TransformerSize) -> nn.TransformerEncoderLayer:
+    """A plain pre-norm layer over ``[B, N, D]``, for networks whose sequences all have one length."""
+    return nn.TransformerEncoderLayer(
+        size.width,
+        size.heads,
+        4 * size.width,
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of a packed sequence to itself."""
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from evatok.config import Config
-from evatok.models.layers import TransformerSize
+from evatok.models.layers import TransformerSize, encoder_layer
 from evatok.models.patches import centred, patchify
 from evatok.models.pretrained import PretrainedModel
 from evatok.models.tokenizer import Size
@@ -63,17 +63,11 @@ class Router(PretrainedModel):
         self.cls = nn.Parameter(torch.zeros(width))
         self.time_position = nn.Parameter(torch.empty(config.blocks, 1, width))
         self.space_position = nn.Parameter(torch.empty(side[0] * side[1], width))
-        layer = nn.TransformerEncoderLayer(
-            width,
-            config.network.heads,
-            4 * width,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
         self.trunk = nn.TransformerEncoder(
-            layer, config.network.layers, nn.LayerNorm(width), enable_nested_tensor=False
+            encoder_layer(config.network),
+            config.network.layers,
+            nn.LayerNorm(width),
+            enable_nested_tensor=False,
         )
         if config.conditioned:
             self.weight = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
