@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +22,10 @@ from evatok.experiment import Experiment, open_experiment
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.models.tokens import Tokens
 from evatok.stages.generate import to_bytes
-from evatok.stages.sources import load_model, policy_sources
+from evatok.stages.sources import policy_sources
 from evatok.video.decode import ClipFormat, DecodeError, decode_clip, probe
 from evatok.video.index import clip_starts
 from evatok.video.write import write_video
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CLIPS_AT_ONCE = 8
 BAR = 6  # pixels of the bar that shows a block's share of the most tokens there are
@@ -40,7 +37,7 @@ class PolicyOption(Config):
 
 @dataclass(frozen=True)
 class Codec:
-    """A run's final tokenizer, and the policy that assigns tokens."""
+    """A run's final tokenizer and the rate at which it samples frames (0: every frame)."""
 
     experiment: Experiment
     tokenizer: VideoTokenizer
@@ -57,7 +54,7 @@ class Codec:
                 f" run `evatok run {args.experiment}` first"
             )
         index: Any = getattr(experiment, "index")  # noqa: B009  (a section that the file's type adds)
-        return cls(experiment, load_model(VideoTokenizer, location).eval(), index.fps)
+        return cls(experiment, VideoTokenizer.from_artifact(location).eval(), index.fps)
 
     def assignments(self, clips: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
         """Token counts int64 [N, T] of uint8 clips [N, C, F, H, W] under the policy that the options name."""

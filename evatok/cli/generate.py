@@ -32,7 +32,6 @@ def command(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from evatok.models.sampling import sample
     from evatok.models.sequence import NO_CLASS
     from evatok.models.tokenizer import VideoTokenizer
-    from evatok.stages.sources import load_model
 
     if args.count < 1:
         raise UserError(f"--count {args.count}: must be at least 1")
@@ -45,8 +44,8 @@ def command(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 f" with a section {stage!r} in the experiment"
             )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = load_model(Generator, experiment.location / "generator").to(device)
-    tokenizer = load_model(VideoTokenizer, experiment.location / "tokenizer").to(device).eval()
+    generator = Generator.from_artifact(experiment.location / "generator").to(device)
+    tokenizer = VideoTokenizer.from_artifact(experiment.location / "tokenizer").to(device).eval()
     config = generator.config
     if config.codebook != tokenizer.codebook:
         raise UserError(

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.errors import UserError
 
@@ -64,6 +65,12 @@ class PretrainedModel(nn.Module):
                 f"{source} is not a folder of a {cls.__name__} (model.safetensors and config.json): {error}"
             ) from error
         return model
+
+    @classmethod
+    def from_artifact(cls: type[Model], artifact: Location) -> Model:
+        """Load the model of a training stage's artifact, wherever it is stored."""
+        with TemporaryDirectory() as folder:
+            return cls.from_pretrained(artifact.download("model", folder))
 
 
 def _download(source: str) -> Path:

@@ -8,7 +8,6 @@ decoded). Rewards are computed from the table where they are needed: another ``r
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,9 +28,10 @@ from evatok.errors import UserError
 from evatok.metrics.perceptual import load_quality
 from evatok.metrics.pixels import QualityMetric
 from evatok.models.tokenizer import VideoTokenizer
+from evatok.stages.fanning import fan_out_models, write_rejected
 from evatok.stages.stage import Description, Stage, StageContext
 from evatok.video.decode import ClipFormat, DecodeError, decode_clip
-from evatok.video.index import REJECTED_SCHEMA, ClipIndex
+from evatok.video.index import ClipIndex
 
 if TYPE_CHECKING:
     from evatok.distributed.fanout import Progress, ShardOutput
@@ -119,17 +119,15 @@ class Scorer:
 
 def run(context: StageContext) -> dict[str, Any]:
     """Score all assignments of the drawn clips in Ray tasks; returns the headline metrics."""
-    from evatok.distributed.fanout import fan_out
     from evatok.distributed.metrics import FanOutMetrics
     from evatok.distributed.schedule import Shard
 
     config: CurateConfig = context.config
-    use_gpu = context.resources.use_gpu
     scorer = Scorer(
         index=ClipIndex.open(context.inputs["index"].location),
-        proxy=load_proxy(context.inputs["proxy"].location),
+        proxy=VideoTokenizer.from_artifact(context.inputs["proxy"].location),
         metrics=tuple(load_quality(name) for name in config.metrics),
-        device="cuda" if use_gpu else "cpu",
+        device="cuda" if context.resources.use_gpu else "cpu",
         memory=round(config.memory_gib * 2**30),
     )
     space = scorer.space
@@ -157,7 +155,8 @@ def run(context: StageContext) -> dict[str, Any]:
             rejected=progress.rejected,
         )
 
-    done = fan_out(
+    done = fan_out_models(
+        context,
         [
             Shard(
                 part.name,
@@ -167,20 +166,13 @@ def run(context: StageContext) -> dict[str, Any]:
             for part in parts
         ],
         score,
-        context.location / ("parts" if split else "table"),
-        key=context.run_id,
+        "parts" if split else "table",
         state=scorer,
-        cpus=context.resources.cpus_per_task,
-        gpus=config.gpu_per_task if use_gpu else 0.0,
-        label_selector=context.resources.groups.selector("curate"),
-        on_progress=report,
+        show=report,
     )
     if split:
         join_parts(context.location, parts)
-    rejected = {item["uri"] + item["detail"]: item for item in done.rejected}
-    context.location.write_table(
-        "rejected.parquet", pa.Table.from_pylist(list(rejected.values()), REJECTED_SCHEMA)
-    )
+    rejected = write_rejected(context, done)
     table = RewardTable.open(context.location / "table")
     statistics = {
         name: RewardStatistics.measure(_column(table, name, "train"), space) for name in config.metrics
@@ -190,7 +182,7 @@ def run(context: StageContext) -> dict[str, Any]:
     fresh = done.items - done.kept
     return {
         "clips": len(table),
-        "rejected": len(rejected),
+        "rejected": rejected,
         "assignments_per_second": fresh / done.seconds,
         "clips_per_second": fresh / done.seconds / space.size,
         "task_seconds": done.busy,
@@ -338,12 +330,6 @@ def load_statistics(location: Location, metric: str) -> RewardStatistics:
         )
     quality, length = found[metric], found["length"]
     return RewardStatistics(quality["mean"], quality["std"], length["mean"], length["std"])
-
-
-def load_proxy(location: Location) -> VideoTokenizer:
-    """The tokenizer of a proxy artifact, wherever it is stored."""
-    with tempfile.TemporaryDirectory() as folder:
-        return VideoTokenizer.from_pretrained(location.download("model", folder))
 
 
 def _column(table: RewardTable, metric: str, split: str) -> Iterator[torch.Tensor]:

@@ -33,8 +33,9 @@ from evatok.metrics.comparison import Comparison, Point
 from evatok.metrics.frechet import I3D, FeatureStatistics, frechet_distance, precision_recall
 from evatok.metrics.perceptual import load_quality
 from evatok.models.tokenizer import VideoTokenizer
+from evatok.stages.fanning import fan_out_models
 from evatok.stages.judge import Judge, Setting, film_clip, score_clips, take_features, to_evidence
-from evatok.stages.sources import load_model, policy_sources
+from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
 from evatok.video.index import ClipIndex
 
@@ -132,7 +133,7 @@ def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
     sources = policy_sources(context.inputs, reward_config)
     judge = Judge(
         index=ClipIndex.open(context.inputs["index"].location),
-        tokenizer=load_model(VideoTokenizer, context.inputs["tokenizer"].location),
+        tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
         metrics=tuple(load_quality(name) for name in dict.fromkeys((reward_config.quality, *table.metrics))),
         sources=sources,
         settings=tuple(swept(config.policies or default_policies(sources), sources)),
@@ -333,23 +334,11 @@ def fan_out_over(
     unit: str,
 ) -> None:
     """The shards of this stage, with its resources and progress."""
-    from evatok.distributed.fanout import fan_out
-
-    use_gpu = context.resources.use_gpu
 
     def report(progress: Progress) -> None:
         context.progress(progress.items, progress.total, unit, per_second=progress.rate)
 
-    fan_out(
-        shards,
-        work,
-        context.location / target,
-        key=context.run_id,
-        state=judge,
-        cpus=context.resources.cpus_per_task,
-        gpus=context.config.gpu_per_task if use_gpu else 0.0,
-        on_progress=report,
-    )
+    fan_out_models(context, shards, work, target, state=judge, show=report)
 
 
 STAGE = Stage(

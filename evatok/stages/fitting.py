@@ -1,14 +1,19 @@
-"""Training on a stream of clips as a stage: what the tokenizers and the router have in common."""
+"""Training as a stage: what the stages that train have in common."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from evatok.stages.stage import StageContext
 from evatok.training.loop import TrainConfig
 from evatok.training.tasks import Task
 from evatok.video.decode import ClipFormat
 from evatok.video.index import ClipIndex
+
+if TYPE_CHECKING:
+    from evatok.distributed.train import Stream
 
 
 def fit_on_clips(
@@ -27,7 +32,6 @@ def fit_on_clips(
     Returns the last metrics.
     """
     from evatok.distributed.stream import clip_stream
-    from evatok.distributed.train import fit
 
     resources = context.resources
     workers = max(1, resources.workers)
@@ -45,10 +49,27 @@ def fit_on_clips(
         rows_per_block=1,
         label_selector=place,
     )
+    stream = partial(
+        clip_stream, clips, clips.order(context.seed), form, seed=context.seed, label_selector=place
+    )
+    return fit_stage(context, task, config, stream, evaluation if shown and config.eval_every else None)
+
+
+def fit_stage(
+    context: StageContext,
+    task: Task,
+    config: TrainConfig,
+    stream: Stream,
+    evaluation: Callable[[], Any] | None,
+) -> dict[str, float]:
+    """``fit`` into the stage's folder, with the run's resources and node group; returns the last metrics."""
+    from evatok.distributed.train import fit
+
+    resources = context.resources
     return fit(
         task,
         config,
-        partial(clip_stream, clips, clips.order(context.seed), form, seed=context.seed, label_selector=place),
+        stream,
         location=context.location,
         run_id=context.run_id,
         seed=context.seed,
@@ -56,6 +77,12 @@ def fit_on_clips(
         cpus_per_worker=resources.cpus_per_worker,
         use_gpu=resources.use_gpu,
         label_selector=resources.groups.selector("train"),
-        evaluation=evaluation if shown and config.eval_every else None,
+        evaluation=evaluation,
         listener=lambda done, total, figures: context.progress(done, total, "steps", **figures),
     )
+
+
+def train_problems(stage: str, config: TrainConfig, experiment: Any) -> Iterator[tuple[str, str]]:
+    """(dotted key, problem) of everything wrong with a stage's ``train`` section under the run's workers."""
+    for key, problem in config.problems(max(1, experiment.resources.workers)):
+        yield f"{stage}.train.{key}", problem

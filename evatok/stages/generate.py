@@ -28,8 +28,8 @@ from evatok.models.sampling import Requests, SamplingConfig, sample
 from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.models.tokens import Tokens
+from evatok.stages.fanning import fan_out_models
 from evatok.stages.judge import encoded
-from evatok.stages.sources import load_model
 from evatok.stages.stage import Stage, StageContext
 from evatok.stages.tokens import open_clips
 from evatok.training.token_table import read_rows
@@ -131,14 +131,14 @@ def run(context: StageContext) -> dict[str, Any]:
 def assemble(context: StageContext) -> Producer:
     """The models, and the frames that a frame predictor goes on from."""
     config: GenerateConfig = context.config
-    generator = load_model(Generator, context.inputs["generator"].location)
+    generator = Generator.from_artifact(context.inputs["generator"].location)
     condition = None
     if generator.config.condition:
         rows = read_rows(context.inputs["tokens"].location, "test")
         condition = torch.from_numpy(np.stack(rows["condition"].to_numpy()).astype(np.int64))
     return Producer(
         generator=generator,
-        tokenizer=load_model(VideoTokenizer, context.inputs["tokenizer"].location),
+        tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
         index=open_clips(context),
         config=config,
         features=I3D(weights.find("i3d")) if config.frechet else None,
@@ -218,25 +218,22 @@ def _features(producer: Producer, pixels: Tensor | None) -> list[float] | None:
 
 def _fan_out(context: StageContext, producer: Producer, work: Any, target: str, items: Any) -> float:
     """Run ``work`` over the items, in shards; items per second."""
-    from evatok.distributed.fanout import fan_out
     from evatok.distributed.schedule import Shard, shard_ranges
 
     def report(progress: Progress) -> None:
         context.progress(progress.items, progress.total, "clips", clips_per_second=progress.rate)
 
     config: GenerateConfig = context.config
-    done = fan_out(
+    done = fan_out_models(
+        context,
         [
             Shard(f"{start:08d}-{stop:08d}.parquet", stop - start, items[start:stop])
             for start, stop in shard_ranges(len(items), config.clips_per_task)
         ],
         work,
-        context.location / target,
-        key=context.run_id,
+        target,
         state=producer,
-        cpus=context.resources.cpus_per_task,
-        gpus=config.gpu_per_task if context.resources.use_gpu else 0.0,
-        on_progress=report,
+        show=report,
     )
     return (done.items - done.kept) / done.seconds
 

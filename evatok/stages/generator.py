@@ -16,6 +16,7 @@ from evatok.config import OPERATIONAL, Config
 from evatok.models.generator import Generator, GeneratorConfig, NetworkConfig
 from evatok.models.layers import TransformerSize
 from evatok.models.tokenizer import VideoTokenizer
+from evatok.stages.fitting import fit_stage, train_problems
 from evatok.stages.stage import Description, Stage, StageContext
 from evatok.training.generation import GenerationTask
 from evatok.training.loop import TrainConfig
@@ -35,7 +36,6 @@ class GeneratorStageConfig(Config):
 def run(context: StageContext) -> dict[str, Any]:
     """Train on the encoded training clips; returns the last metrics of training."""
     from evatok.distributed.tokens import token_stream
-    from evatok.distributed.train import fit
 
     config: GeneratorStageConfig = context.config
     tokens = context.inputs["tokens"].location
@@ -47,28 +47,15 @@ def run(context: StageContext) -> dict[str, Any]:
         mean_tokens=mean_tokens(tokens, "train"),
         seed=context.seed,
     )
-    return fit(
-        task,
-        config.train,
-        partial(token_stream, tokens, "train", context.seed),
-        location=context.location,
-        run_id=context.run_id,
-        seed=context.seed,
-        workers=context.resources.workers,
-        cpus_per_worker=context.resources.cpus_per_worker,
-        use_gpu=context.resources.use_gpu,
-        evaluation=partial(
-            token_stream, tokens, "test", context.seed, start=0, count=held_out, rows_per_block=1
-        )
-        if held_out
-        else None,
-        listener=lambda done, total, figures: context.progress(done, total, "steps", **figures),
+    evaluation = partial(
+        token_stream, tokens, "test", context.seed, start=0, count=held_out, rows_per_block=1
     )
+    stream = partial(token_stream, tokens, "train", context.seed)
+    return fit_stage(context, task, config.train, stream, evaluation if held_out else None)
 
 
 def _check(config: GeneratorStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
-    for key, problem in config.train.problems(max(1, experiment.resources.workers)):
-        yield f"generator.train.{key}", problem
+    return train_problems("generator", config.train, experiment)
 
 
 def _describe(config: GeneratorStageConfig, experiment: Any) -> Description:

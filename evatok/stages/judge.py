@@ -55,10 +55,9 @@ class Judge:
 
     def __call__(self) -> Judge:
         """In a worker process: move the models to the device."""
-        networks = (self.tokenizer, self.sources.tokenizer, self.sources.router, self.sources.metric)
-        for network in (*networks, *self.metrics):
-            if network is not None:
-                network.to(self.device).eval()
+        self.sources.to(self.device)
+        for network in (self.tokenizer, *self.metrics):
+            network.to(self.device).eval()
         if self.features is not None:
             self.features.to(self.device)
         return self

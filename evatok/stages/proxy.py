@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from evatok.assignment.space import AssignmentSpace
+from evatok.stages.fitting import train_problems
 from evatok.stages.reconstruction import TokenizerTraining, describe_tokenizer, train_tokenizer
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.reconstruction import RandomAssignments
@@ -22,8 +23,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _check(config: TokenizerTraining, experiment: Any) -> Iterator[tuple[str, str]]:
-    for key, problem in config.problems(experiment.resources.workers):
-        yield f"proxy.{key}", problem
+    return train_problems("proxy", config.train, experiment)
 
 
 STAGE = Stage(

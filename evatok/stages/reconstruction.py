@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -30,11 +30,6 @@ class TokenizerTraining(Config):
     held_out: Annotated[int, OPERATIONAL] = Field(
         64, ge=0, description="clips of the test split that are reconstructed at every evaluation"
     )
-
-    def problems(self, workers: int) -> Iterator[tuple[str, str]]:
-        """(key, what is wrong and what is allowed) for what no single field's type can say."""
-        for key, problem in self.train.problems(max(1, workers)):
-            yield f"train.{key}", problem
 
 
 def train_tokenizer(

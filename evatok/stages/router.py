@@ -18,7 +18,7 @@ from evatok.models.layers import TransformerSize
 from evatok.models.router import Router, RouterConfig, RouterObjective
 from evatok.models.tokenizer import Size, TokenizerConfig
 from evatok.stages.curate import load_statistics
-from evatok.stages.fitting import fit_on_clips
+from evatok.stages.fitting import fit_on_clips, train_problems
 from evatok.stages.stage import Description, Stage, StageContext
 from evatok.training.loop import TrainConfig
 from evatok.training.routing import RouterTask
@@ -87,8 +87,7 @@ def _clips(index: ClipIndex, table: RewardTable, split: str) -> ClipIndex:
 
 
 def _check(config: RouterStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
-    for key, problem in config.train.problems(max(1, experiment.resources.workers)):
-        yield f"router.train.{key}", problem
+    yield from train_problems("router", config.train, experiment)
     try:
         config.model(experiment.proxy.model)
     except ValueError as error:

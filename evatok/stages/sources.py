@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 
-from evatok.artifacts import Artifact, Location
+from evatok.artifacts import Artifact
 from evatok.assignment.policies import Sources
 from evatok.assignment.space import AssignmentSpace
 from evatok.assignment.table import RewardTable
 from evatok.metrics.perceptual import load_quality
-from evatok.models.pretrained import PretrainedModel
 from evatok.models.router import Router
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.stages.curate import RewardConfig, load_statistics
 
-Model = TypeVar("Model", bound=PretrainedModel)
-
-
-def load_model(kind: type[Model], artifact: Location) -> Model:
-    """The model of a training stage's artifact, wherever it is stored."""
-    with tempfile.TemporaryDirectory() as folder:
-        return kind.from_pretrained(artifact.download("model", folder))
-
 
 def policy_sources(inputs: Mapping[str, Artifact], reward: RewardConfig) -> Sources:
     """Everything a policy may draw on, as far as ``inputs`` (proxy, curate, router) hold it; on the CPU."""
-    proxy = load_model(VideoTokenizer, inputs["proxy"].location)
+    proxy = VideoTokenizer.from_artifact(inputs["proxy"].location)
     curated = inputs["curate"].location
     table = RewardTable.open(curated / "table").select("train")
     total = torch.zeros(table.size, dtype=torch.float64)
@@ -40,6 +29,6 @@ def policy_sources(inputs: Mapping[str, Artifact], reward: RewardConfig) -> Sour
         tokenizer=proxy,
         metric=load_quality(reward.quality),
         statistics=load_statistics(curated, reward.quality),
-        router=load_model(Router, inputs["router"].location) if "router" in inputs else None,
+        router=Router.from_artifact(inputs["router"].location) if "router" in inputs else None,
         training_quality=(total / len(table)).float(),
     )

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 
 from evatok.assignment.policies import Policy, RouterPolicy, Sources
+from evatok.stages.fitting import train_problems
 from evatok.stages.reconstruction import TokenizerTraining, describe_tokenizer, train_tokenizer
 from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
@@ -31,11 +32,7 @@ class PolicyAssignments:
     sources: Sources
 
     def __call__(self, device: torch.device) -> Assigner:
-        networks = (self.sources.tokenizer, self.sources.router, self.sources.metric)
-        for network in networks:
-            if network is not None:
-                network.to(device).eval().requires_grad_(False)
-        assign = self.policy.bind(self.sources)
+        assign = self.policy.bind(self.sources.to(device))
 
         def without_gradients(clips: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
@@ -52,8 +49,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _check(config: TokenizerStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
-    for key, problem in config.problems(experiment.resources.workers):
-        yield f"tokenizer.{key}", problem
+    yield from train_problems("tokenizer", config.train, experiment)
     if experiment.proxy is None:
         return
     proxy = experiment.proxy.model

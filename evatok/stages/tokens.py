@@ -22,7 +22,8 @@ from evatok.config import OPERATIONAL, Config
 from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.models.tokens import Tokens
-from evatok.stages.sources import load_model, policy_sources
+from evatok.stages.fanning import fan_out_models, write_rejected
+from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.token_table import (
     ROWS,
@@ -33,7 +34,7 @@ from evatok.training.token_table import (
     to_table,
 )
 from evatok.video.decode import ClipFormat, DecodeError, decode_clip
-from evatok.video.index import REJECTED_SCHEMA, ClipIndex
+from evatok.video.index import ClipIndex
 
 if TYPE_CHECKING:
     from evatok.distributed.fanout import Progress, ShardOutput
@@ -75,10 +76,8 @@ class Encoder:
 
     def __call__(self) -> Encoder:
         """In a worker process: move the models to the device."""
-        networks = (self.tokenizer, self.sources.tokenizer, self.sources.router, self.sources.metric)
-        for network in networks:
-            if network is not None:
-                network.to(self.device).eval()
+        self.tokenizer.to(self.device).eval()
+        self.sources.to(self.device)
         return self
 
     def clip(self, entry: dict[str, Any], augmentation: int) -> NDArray[np.uint8]:
@@ -135,11 +134,9 @@ def encode_given(tokenizer: VideoTokenizer, frames: Tensor, condition: tuple[int
 
 def run(context: StageContext) -> dict[str, Any]:
     """Encode all training clips and some held-out ones in Ray tasks; returns the headline metrics."""
-    from evatok.distributed.fanout import fan_out
     from evatok.distributed.schedule import Shard, shard_ranges
 
     config: TokensConfig = context.config
-    use_gpu = context.resources.use_gpu
     encoder = assemble(context)
     splits = np.asarray(encoder.index.column("split").to_pylist())
     train, test = (np.flatnonzero(splits == split) for split in ("train", "test"))
@@ -156,20 +153,8 @@ def run(context: StageContext) -> dict[str, Any]:
     def report(progress: Progress) -> None:
         context.progress(progress.items, progress.total, "clips", clips_per_second=progress.rate)
 
-    done = fan_out(
-        shards,
-        encode_clips,
-        context.location / ROWS,
-        key=context.run_id,
-        state=encoder,
-        cpus=context.resources.cpus_per_task,
-        gpus=config.gpu_per_task if use_gpu else 0.0,
-        on_progress=report,
-    )
-    rejected = {item["uri"] + item["detail"]: item for item in done.rejected}  # once, not in every pass
-    context.location.write_table(
-        "rejected.parquet", pa.Table.from_pylist(list(rejected.values()), REJECTED_SCHEMA)
-    )
+    done = fan_out_models(context, shards, encode_clips, ROWS, state=encoder, show=report)
+    rejected = write_rejected(context, done)
     tokenizer = encoder.tokenizer
     vocabulary = TokenVocabulary(
         codes=tokenizer.codes,
@@ -183,7 +168,7 @@ def run(context: StageContext) -> dict[str, Any]:
     context.location.write_json(VOCABULARY, vocabulary.model_dump(mode="json"))
     return {
         "clips": done.rows,
-        "rejected": len(rejected),
+        "rejected": rejected,
         "classes": len(encoder.labels),
         "mean_tokens": mean_tokens(context.location, "train"),
         "clips_per_second": (done.items - done.kept) / done.seconds,
@@ -203,7 +188,7 @@ def assemble(context: StageContext) -> Encoder:
     index = open_clips(context)
     return Encoder(
         index=index,
-        tokenizer=load_model(VideoTokenizer, context.inputs["tokenizer"].location),
+        tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
         sources=policy_sources(context.inputs, context.experiment.curate.reward),
         config=config,
         labels=tuple(index.labels()) if config.labels else (),

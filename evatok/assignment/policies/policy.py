@@ -38,6 +38,13 @@ class Sources:
     training_quality: Tensor | None = None
     memory: int = MEMORY
 
+    def to(self, device: torch.device | str) -> Sources:
+        """Move networks and metric to the device of the clips, in place and ready for use."""
+        for network in (self.tokenizer, self.router, self.metric):
+            if network is not None:
+                network.to(device).eval()
+        return self
+
 
 @dataclass(frozen=True)
 class Evidence:
