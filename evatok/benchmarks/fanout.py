@@ -81,7 +81,7 @@ def run(config: FanoutBenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, cluster.connected(cpus=most) as found:
         scorer = _scorer(Path(folder), most * config.tasks_per_worker * config.clips_per_task)
         place, each = Location.parse(folder), found.cpus / most
-        fan_out(_shards(config, most), score, place / "warm", key="k", state=scorer, cpus=each)
+        fan_out(_shards(config, most), score, place / "warm", key="k", state=scorer, cpus=each, threads=1)
         task_seconds: list[float] = []
         for workers in config.workers:
             shards = _shards(config, workers)
@@ -90,7 +90,7 @@ def run(config: FanoutBenchConfig) -> dict[str, Any]:
                 target = place / f"{workers}-{turn}"
                 plain.append(_plain(Job(score, scorer, target / "plain", "k"), shards, workers))
                 cpus = found.cpus / workers
-                summary = fan_out(shards, score, target / "ray", key="k", state=scorer, cpus=cpus)
+                summary = fan_out(shards, score, target / "ray", key="k", state=scorer, cpus=cpus, threads=1)
                 with_ray.append(summary.seconds)
                 task_seconds += [record.seconds for record in summary.records]
             ray_seconds, plain_seconds = statistics.median(with_ray), statistics.median(plain)

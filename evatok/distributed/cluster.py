@@ -146,6 +146,19 @@ def inside_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def share_of_cores(cpus: float) -> int:
+    """Threads for a task that holds ``cpus`` logical CPUs of the node it runs on, at least 1.
+
+    Its share of the cores there: Ray itself would give it a thread per logical CPU, of which a node may have
+    more than cores, and threads that outnumber the cores wait for each other.
+    """
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    logical = next(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, int(len(os.sched_getaffinity(0)) * cpus / max(logical, cpus)))
+
+
 def _describe(*, local: bool) -> Cluster:
     import ray
 

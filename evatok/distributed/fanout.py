@@ -27,6 +27,7 @@ import ray
 from ray.exceptions import NodeDiedError, RayError
 
 from evatok.artifacts import Location
+from evatok.distributed import cluster
 from evatok.distributed.schedule import Attempt, Schedule, Shard
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,8 @@ class Job:
     state: Callable[[], Any] | None
     target: Location
     key: str
+    cpus: float = 1.0
+    threads: int = 0
 
 
 def fan_out(
@@ -132,6 +135,7 @@ def fan_out(
     state: Callable[[], Any] | None = None,
     cpus: float = 1.0,
     gpus: float = 0.0,
+    threads: int = 0,
     label_selector: dict[str, str] | None = None,
     retries: int = 3,
     on_progress: Callable[[Progress], None] | None = None,
@@ -140,7 +144,8 @@ def fan_out(
 
     ``work(shard.spec, state)`` runs in a task that holds ``cpus`` and ``gpus`` (fractions allowed) on a node
     with the labels of ``label_selector``; it must be deterministic and importable on the workers. ``state``
-    is called once per worker process; arrays inside it travel once per node. ``key`` identifies all that the
+    is called once per worker process; arrays inside it travel once per node. A process with a state computes
+    with ``threads``, or with its share of its node's cores if that is 0. ``key`` identifies all that the
     rows depend on: a whole shard with the same key is kept, any other Parquet file in ``target``, a folder of
     this fan-out alone, is made again or removed.
 
@@ -153,7 +158,7 @@ def fan_out(
     missing = {shard.name for shard in shards} - {record.name for record in records}
     schedule = Schedule(_shuffled([shard for shard in shards if shard.name in missing]), retries)
     total = sum(shard.items for shard in shards)
-    handle = ray.put(Job(work, state, target, key))
+    handle = ray.put(Job(work, state, target, key, cpus, threads))
     task = ray.remote(
         num_cpus=cpus, num_gpus=gpus, label_selector=label_selector, max_retries=0, max_calls=0
     )(_run_shard)
@@ -278,7 +283,12 @@ def _digest(data: bytes) -> str:
 @functools.lru_cache(maxsize=1)
 def _load(handle: ray.ObjectRef) -> tuple[Job, Any]:
     job: Job = ray.get(handle)
-    return job, job.state() if job.state else None
+    if job.state is None:
+        return job, None
+    import torch
+
+    torch.set_num_threads(job.threads or cluster.share_of_cores(job.cpus))
+    return job, job.state()
 
 
 def _run_shard(handles: list[ray.ObjectRef], shard: Shard) -> ShardRecord:

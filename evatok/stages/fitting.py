@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ def fit_on_clips(
     """Train ``task`` on ``clips`` cut as ``form`` says; leaves ``model/`` and ``curves/``.
 
     At most ``shown`` clips of ``held_out``, cut from the centre, are evaluated as often as ``config`` says.
-    Returns the last metrics.
+    Returns the last headline metrics.
     """
     from evatok.distributed.stream import clip_stream
 
@@ -62,11 +62,11 @@ def fit_stage(
     stream: Stream,
     evaluation: Callable[[], Any] | None,
 ) -> dict[str, float]:
-    """``fit`` into the stage's folder, with the run's resources and node group; returns the last metrics."""
+    """``fit`` into the stage's folder, with the run's resources and node group; returns headline metrics."""
     from evatok.distributed.train import fit
 
     resources = context.resources
-    return fit(
+    last = fit(
         task,
         config,
         stream,
@@ -78,8 +78,17 @@ def fit_stage(
         use_gpu=resources.use_gpu,
         label_selector=resources.groups.selector("train"),
         evaluation=evaluation,
-        listener=lambda done, total, figures: context.progress(done, total, "steps", **figures),
+        listener=lambda done, total, figures: context.progress(
+            done, total, "steps", **headline(task, figures)
+        ),
     )
+    return headline(task, last)
+
+
+def headline(task: Task, figures: Mapping[str, float]) -> dict[str, float]:
+    """Of a point of the curves, what a person wants to see at a glance."""
+    shown = {"loss", "clips_per_second", *task.watched}
+    return {name: value for name, value in figures.items() if name in shown or name.startswith("eval_")}
 
 
 def train_problems(stage: str, config: TrainConfig, experiment: Any) -> Iterator[tuple[str, str]]:

@@ -22,6 +22,8 @@ from evatok.training.tasks import Batch, Metrics, Modules, Task
 class GenerationTask(Task):
     """``mean_tokens``: codes of a clip, mean over the training clips."""
 
+    watched = ("code_loss", "length_loss")
+
     config: GeneratorConfig
     mean_tokens: float
     seed: int

@@ -51,6 +51,8 @@ class TokenizerTask(Task):
     ``assignments``: called once in each worker, gives what assigns tokens to clips.
     """
 
+    watched = ("l1", "perceptual", "tokens")
+
     tokenizer: TokenizerConfig
     terms: LossConfig
     assignments: Callable[[torch.device], Assigner]

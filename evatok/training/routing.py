@@ -25,6 +25,8 @@ class RouterTask(Task):
     for every clip and evaluated under ``weights``.
     """
 
+    watched = ("reward", "top1")
+
     router: RouterConfig
     objective: RouterObjective
     table: Location

@@ -23,8 +23,10 @@ class Task(ABC):
     """Made on the driver from configs, pickled, and built inside each worker.
 
     A task's randomness per sample depends on (seed, position) alone, so that a resumed run or another number
-    of workers draws the same.
+    of workers draws the same. ``watched``: metrics that progress shows beside ``loss``.
     """
+
+    watched: tuple[str, ...] = ()
 
     @abstractmethod
     def build(self, device: torch.device) -> dict[str, nn.Module]:
