@@ -71,7 +71,11 @@ class Router(PretrainedModel):
         )
         if config.conditioned:
             self.weight = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
-        self.head = ClassHead(config) if config.head == "classes" else FactorisedHead(config)
+        self.head: ClassHead | PricedHead | FactorisedHead
+        if config.head == "factorised":
+            self.head = FactorisedHead(config)
+        else:
+            self.head = PricedHead(config) if config.conditioned else ClassHead(config)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -100,7 +104,11 @@ class Router(PretrainedModel):
 
     def forward(self, clips: Tensor, w_q: Tensor | None = None) -> Tensor:
         """Log-probabilities float32 [B, m ** T], assignments in the order of ``AssignmentSpace``."""
-        return self.head(self.features(clips, w_q)).float()  # type: ignore[no-any-return]
+        features = self.features(clips, w_q)
+        if isinstance(self.head, PricedHead):
+            assert w_q is not None
+            return self.head(features, w_q).float()  # type: ignore[no-any-return]
+        return self.head(features).float()  # type: ignore[no-any-return]
 
 
 class ClassHead(nn.Module):
@@ -112,6 +120,38 @@ class ClassHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.classes(features[:, 0]).log_softmax(-1)  # type: ignore[no-any-return]
+
+
+class PricedHead(nn.Module):
+    """A class per assignment for every trade-off at once: quality from the [CLS] feature, length as it is.
+
+    The logits have the form of the reward they rank by (eq. 3), ``w_q * quality - (2 - w_q) * length``, and
+    the z-scored length of every assignment is known. The network adds what it sees in the clip to the mean
+    quality that ``expect`` starts it from, so before any training it answers as the best fixed assignment
+    does.
+    """
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__()
+        totals = torch.tensor(config.choices, dtype=torch.float64)
+        for _ in range(config.blocks - 1):
+            totals = (totals[:, None] + torch.tensor(config.choices)).flatten()
+        length = (totals - totals.mean()) / totals.std(unbiased=False).clamp(min=1e-12)
+        self.length: Tensor
+        self.register_buffer("length", length.float(), persistent=False)
+        self.quality = nn.Linear(config.network.width, len(length))
+        self.log_sharpness = nn.Parameter(torch.full((1,), 2.3))  # DeepSpeed sends no parameter without an axis
+
+    @torch.no_grad()
+    def expect(self, quality: Tensor) -> None:
+        """Start from the z-scored quality [size] that assignments have in the mean over clips."""
+        self.quality.bias.copy_(quality)
+
+    def forward(self, features: Tensor, w_q: Tensor) -> Tensor:
+        w_q = w_q.unsqueeze(1)
+        rewards = w_q * self.quality(features[:, 0]) - (2 - w_q) * self.length
+        scores: Tensor = self.log_sharpness.exp() * rewards
+        return scores.log_softmax(-1)
 
 
 class FactorisedHead(nn.Module):

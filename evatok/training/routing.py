@@ -13,7 +13,7 @@ from evatok.artifacts import Location
 from evatok.assignment.reward import RewardStatistics, RewardWeights, reward, sample_weights
 from evatok.assignment.space import AssignmentSpace
 from evatok.assignment.table import RewardTable
-from evatok.models.router import Router, RouterConfig, RouterObjective
+from evatok.models.router import PricedHead, Router, RouterConfig, RouterObjective
 from evatok.training.tasks import Batch, Metrics, Modules, Task
 
 
@@ -40,7 +40,10 @@ class RouterTask(Task):
         self._rows, order = found.row.sort()
         self._quality = found.quality[self.metric][order]
         self._totals = AssignmentSpace(self.router.choices, self.router.blocks).totals()
-        return {"model": Router(self.router)}
+        router = Router(self.router)
+        if isinstance(router.head, PricedHead):
+            router.head.expect(self._mean_quality())
+        return {"model": router}
 
     def losses(self, modules: Modules, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
         if self.router.conditioned:
@@ -83,6 +86,13 @@ class RouterTask(Task):
         quality = self._quality[self._places(batch)]
         values = reward(quality, self._totals, self.metric, weights, self.statistics)
         return values.float().to(batch["clip"].device)
+
+    def _mean_quality(self) -> Tensor:
+        """Of every assignment over the training clips: z-scored, higher is better, [size]."""
+        quality = RewardTable.open(self.table).select("train").load([self.metric]).quality[self.metric]
+        # At w_q = 2 tokens are free, and the reward is twice the quality.
+        free = reward(quality, self._totals, self.metric, RewardWeights(2.0), self.statistics)
+        return free.mean(0) / 2
 
     def _places(self, batch: Batch) -> Tensor:
         """Where the clips stand in the table as it was loaded."""
