@@ -20,7 +20,7 @@ from pydantic import Field
 from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.distributed import cluster
-from evatok.distributed.stream import clip_stream, reading_rate
+from evatok.distributed.stream import block_rows, clip_stream, reading_rate
 from evatok.video.decode import ClipFormat, decode_clip, probe
 from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.synthetic import write_videos
@@ -31,8 +31,8 @@ SHORT_GROUP, LONG_GROUP = 16, 256  # frames from keyframe to keyframe
 
 class StreamBenchConfig(Config):
     processes: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
-    clips: int = Field(default=512, gt=0, description="measured in each of the three ways")
-    warm_up: int = Field(default=128, ge=0, description="clips of the stream before its clock starts")
+    clips: int = Field(default=2048, gt=0, description="measured in each of the three ways")
+    warm_up: int = Field(default=512, ge=0, description="clips of the stream before its clock starts")
     batch: int = Field(default=16, gt=0, description="clips per batch of the training worker")
     rounds: int = Field(default=2, gt=0, description="the three ways in turn; the medians are compared")
     sizes: tuple[int, ...] = Field(default=(128, 256), description="pixels; the first is the headline")
@@ -177,7 +177,8 @@ def _stream_rate(config: StreamBenchConfig, case: Case) -> tuple[float, float]:
             case.clip_format,
             start=0,
             count=config.warm_up + config.clips,
-            rows_per_block=config.batch,
+            rows_per_block=block_rows(config.batch, config.clips),
+            batch=config.batch,
             seed=0,
         )
         return reading_rate(dataset, config.batch, config.warm_up)

@@ -7,7 +7,6 @@ Whoever splits the dataset must ask for `preserve_order` without locality, as `e
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,10 @@ Fetch = Callable[[NDArray[np.int64], NDArray[np.int64]], Columns]
 
 log = logging.getLogger(__name__)
 
+TASK_CPUS = 0.5
+"""Logical CPUs that a task holds: two to a core, so that one computes while the next is handed out."""
+
+_BLOCK_ROWS = 48
 _POSITIONS_PER_EXECUTION = 1 << 18
 _POSITIONS_PER_READ = 1 << 16
 _NEIGHBOURS = 16  # clips in a row that may fail before the stream gives up
@@ -46,7 +49,9 @@ def ordered_stream(
     start: int,
     count: int,
     rows_per_block: int,
-    num_cpus: float = 1.0,
+    workers: int = 1,
+    batch: int | None = None,
+    num_cpus: float = TASK_CPUS,
     label_selector: dict[str, str] | None = None,
 ) -> ray.data.Dataset:
     """The positions start, ..., start + count - 1 of `order` as rows, fetched lazily by tasks.
@@ -56,9 +61,16 @@ def ordered_stream(
     picklable and depend on its arguments alone. `num_cpus`: logical CPUs that a task holds. `label_selector`:
     labels of the nodes that may run the tasks.
 
-    One iteration ends after 2**18 positions at the latest; the next one goes on from there.
+    With `batch`, a divisor of `rows_per_block`, blocks hold several batches of one worker each: when the
+    blocks are dealt to `workers` in turn, the n-th batch of worker w is the n * workers + w-th of the order,
+    just as if every block were one batch. `count` is then a multiple of `workers * rows_per_block`.
+
+    One iteration ends after 2**18 positions or so; the next one goes on from there.
     """
-    source = _Positions(start, count, _POSITIONS_PER_EXECUTION)
+    dealing = Dealing(workers, batch or rows_per_block, rows_per_block)
+    if dealing.batches > 1 and count % dealing.span:
+        raise ValueError(f"{count} positions are not whole rounds of {dealing.span}")
+    source = _Positions(start, count, dealing)
     positions = ray.data.read_datasource(source, override_num_blocks=source.reads)
     # The context is the dataset's own: nobody else's executions change. A consumer may be slow for as long
     # as it likes: an evaluation, an upload or a debugger is no failure of the stream.
@@ -82,9 +94,11 @@ def clip_stream(
     count: int,
     rows_per_block: int,
     seed: int,
+    workers: int = 1,
+    batch: int | None = None,
     labels: Sequence[str] | None = None,
     limits: MediaLimits | None = None,
-    num_cpus: float = 1.0,
+    num_cpus: float = TASK_CPUS,
     label_selector: dict[str, str] | None = None,
 ) -> ray.data.Dataset:
     """The clips at the positions start, ..., start + count - 1 of `order` over `index`, decoded in tasks.
@@ -103,9 +117,16 @@ def clip_stream(
         start=start,
         count=count,
         rows_per_block=rows_per_block,
+        workers=workers,
+        batch=batch,
         num_cpus=num_cpus,
         label_selector=label_selector,
     )
+
+
+def block_rows(batch: int, most: int) -> int:
+    """Rows of a block for batches of ``batch``: enough that a task is long against what it costs Ray."""
+    return batch * max(1, min(_BLOCK_ROWS, most) // batch)
 
 
 def reading_rate(dataset: ray.data.Dataset, batch: int, warm_up: int) -> tuple[float, float]:
@@ -136,6 +157,34 @@ class _Reader:
         return timed / (now - started), first
 
 
+@dataclass(frozen=True)
+class Dealing:
+    """Blocks of `rows` rows for `workers` that take them in turn, `rows / batch` batches of one each."""
+
+    workers: int
+    batch: int
+    rows: int
+
+    @property
+    def batches(self) -> int:
+        return self.rows // self.batch
+
+    @property
+    def span(self) -> int:
+        """Positions that one round of blocks, one for every worker, takes up."""
+        return self.workers * self.rows
+
+    def places(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What stands in these rows of the dataset: places in the order, int64 like the slots."""
+        round_, slot = np.divmod(slots, self.span)
+        worker, slot = np.divmod(slot, self.rows)
+        number, within = np.divmod(slot, self.batch)
+        places: NDArray[np.int64] = (
+            round_ * self.span + (number * self.workers + worker) * self.batch + within
+        )
+        return places
+
+
 class _Positions(Datasource):  # type: ignore[misc]
     """The positions themselves, a stretch of them with every execution of the dataset.
 
@@ -143,36 +192,41 @@ class _Positions(Datasource):  # type: ignore[misc]
     holds back an operator whose output weighs nothing.
     """
 
-    def __init__(self, start: int, count: int, per_execution: int) -> None:
+    def __init__(self, start: int, count: int, dealing: Dealing) -> None:
         super().__init__()
-        self._start, self._end, self._per_execution = start, start + count, per_execution
-        self.reads = max(1, min(count, per_execution) // _POSITIONS_PER_READ)
+        self._start, self._count, self._dealing = start, count, dealing
+        self._per_execution = max(1, _POSITIONS_PER_EXECUTION // dealing.span) * dealing.span
+        self.reads = max(1, min(count, self._per_execution) // _POSITIONS_PER_READ)
 
     def estimate_inmemory_data_size(self) -> int:
-        return 8 * min(self._end - self._start, self._per_execution)
+        return 8 * min(self._count, self._per_execution)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         execution = data_context._execution_idx if data_context is not None else 0
-        low = self._start + execution * self._per_execution
-        high = min(low + self._per_execution, self._end)
+        low = execution * self._per_execution
+        high = min(low + self._per_execution, self._count)
         return [
-            _read_task(first, min(first + _POSITIONS_PER_READ, high))
+            _read_task(self._start, first, min(first + _POSITIONS_PER_READ, high), self._dealing)
             for first in range(low, high, _POSITIONS_PER_READ)
         ]
 
 
-def _read_task(low: int, high: int) -> ReadTask:
+def _read_task(start: int, low: int, high: int, dealing: Dealing) -> ReadTask:
     metadata = BlockMetadata(
         num_rows=high - low, size_bytes=8 * (high - low), input_files=None, exec_stats=None
     )
-    return ReadTask(lambda: [pa.table({"position": np.arange(low, high, dtype=np.int64)})], metadata)
+    return ReadTask(
+        lambda: [pa.table({"position": start + dealing.places(np.arange(low, high, dtype=np.int64))})],
+        metadata,
+    )
 
 
 def _fetched(batch: Columns, order: Order, fetch: Fetch) -> Columns:
     positions = np.asarray(batch["position"], np.int64)
-    rows = order.rows(int(positions[0]), len(positions))
+    stretches = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    rows = np.concatenate([order.rows(int(stretch[0]), len(stretch)) for stretch in stretches])
     return {**fetch(positions, rows), "position": positions}
 
 
@@ -206,7 +260,7 @@ class ClipFetch:
                     if used[k]["row"] in bad:
                         continue
                     try:
-                        pixels[k] = self._clip(decode, prepared, used[k], int(position))
+                        self._clip(decode, prepared, used[k], int(position), pixels[k])
                         break
                     except DecodeError as error:
                         log.warning("clip %s is replaced: %s", used[k]["clip_id"], error)
@@ -228,7 +282,7 @@ class ClipFetch:
         return columns
 
     @contextmanager
-    def _decoder(self) -> Iterator[Callable[..., NDArray[np.uint8]]]:
+    def _decoder(self) -> Iterator[Callable[..., Any]]:
         """The decoder; in a child process when an earlier attempt at this task took its process down.
 
         Ray repeats such a task without limit. The child finds out which clip it was; only that one is lost.
@@ -237,21 +291,27 @@ class ClipFetch:
             yield self.decode
             return
         with Guard((self.limits or MediaLimits()).time_limit) as guard:
-            yield functools.partial(guard, self.decode)
+
+            def guarded(*arguments: Any, out: NDArray[np.uint8]) -> None:
+                out[:] = guard(self.decode, *arguments)
+
+            yield guarded
 
     def _clip(
         self,
-        decode: Callable[..., NDArray[np.uint8]],
+        decode: Callable[..., Any],
         prepared: PreparedClips | None,
         clip: dict[str, Any],
         position: int,
-    ) -> NDArray[np.uint8]:
+        out: NDArray[np.uint8],
+    ) -> None:
         clip_format = self.clip_format.model_copy(update={"fps": clip["fps"]})
         draw = np.random.default_rng((self.seed % 2**64, position))
         if prepared is not None:
             pixels = prepared.clip(clip["row"])
-            return pixels[..., ::-1] if clip_format.drawn(draw)[1] else pixels
-        return decode(clip["uri"], clip["start"], clip_format, draw, self.limits)
+            out[:] = pixels[..., ::-1] if clip_format.drawn(draw)[1] else pixels
+            return
+        decode(clip["uri"], clip["start"], clip_format, draw, self.limits, out=out)
 
 
 def _attempt() -> int:

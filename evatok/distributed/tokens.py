@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,18 +18,17 @@ from evatok.video.order import ClipOrder
 
 
 def token_stream(
-    tokens: Location, split: str, seed: int, *, start: int, count: int, rows_per_block: int
+    tokens: Location, split: str, seed: int, *, start: int, count: int, **blocks: Any
 ) -> ray.data.Dataset:
     """The encoded clips of a split at positions start, ..., start + count - 1 of their seeded order.
 
     Rows: label int64; indices, lengths, condition int32, ragged; position int64. The table stands in the
     object store once per node: tokens are three orders of magnitude smaller than the clips they come from.
+    ``blocks``: as ``ordered_stream`` takes them.
     """
     rows = read_rows(tokens, split).select(["label", "indices", "lengths", "condition"])
     order = ClipOrder(len(rows), seed)
-    return ordered_stream(
-        order, _TokenFetch(ray.put(rows)), start=start, count=count, rows_per_block=rows_per_block
-    )
+    return ordered_stream(order, _TokenFetch(ray.put(rows)), start=start, count=count, **blocks)
 
 
 @dataclass(frozen=True)

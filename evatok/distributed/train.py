@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from evatok.artifacts import CurveWriter, Location
+from evatok.distributed.stream import block_rows
 from evatok.errors import UserError
 from evatok.training.checkpoint import FolderCheckpoints, TrainState
 from evatok.training.curves import ROW_KEYS, Sink
@@ -35,10 +36,12 @@ TRAIN, EVALUATION = "train", "evaluation"
 class Stream(Protocol):
     """Samples at the global positions from ``start`` to ``start + count``, in order, as a dataset.
 
-    ``rows_per_block`` must be kept to: equal blocks are what makes the order survive the split over workers.
+    The blocks must be as asked, see ``ordered_stream``: that makes the order survive the split over workers.
     """
 
-    def __call__(self, *, start: int, count: int, rows_per_block: int) -> Dataset: ...
+    def __call__(
+        self, *, start: int, count: int, rows_per_block: int, workers: int, batch: int
+    ) -> Dataset: ...
 
 
 Listener = Callable[[int, int, Mapping[str, float]], None]
@@ -155,7 +158,10 @@ class _Job:
 def _remaining(stream: Stream, config: TrainConfig, workers: int, seen: int) -> Dataset:
     # At least one step's worth, because Ray refuses an empty dataset; nothing of it runs unless asked for.
     count = max(config.global_batch, config.steps * config.global_batch - seen)
-    dataset = stream(start=seen, count=count, rows_per_block=config.micro(workers))
+    micro = config.micro(workers)
+    rows = block_rows(micro, count // workers)
+    whole_rounds = -(-count // (workers * rows)) * workers * rows
+    dataset = stream(start=seen, count=whole_rounds, rows_per_block=rows, workers=workers, batch=micro)
     dataset.context.enable_progress_bars = False
     return dataset
 

@@ -151,34 +151,76 @@ def decode_clip(
     clip_format: ClipFormat,
     draw: np.random.Generator | None = None,
     limits: MediaLimits | None = None,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """The clip that begins at `start` seconds: uint8 [C, F, H, W], RGB, contiguous.
 
     With fps 0: the F consecutive frames from the first one at or after `start`. With fps > 0: frame k is the
     one on screen at start + k / fps. `draw` decides a random crop and the flip; without it the crop is
-    central and nothing is mirrored. Raises DecodeError.
+    central and nothing is mirrored. `out`: an array of the clip's shape to fill and return. Raises
+    DecodeError.
     """
     limits = limits or MediaLimits()
-    offset, mirrored = clip_format.drawn(draw)
+    canvas = _Canvas(clip_format, *clip_format.drawn(draw), out)
     try:
-        return _cut(uri, start, clip_format, offset, mirrored, limits, seek=True)
+        _cut(uri, start, clip_format, canvas, limits, seek=True)
     except _SeekMissedError:
-        return _cut(uri, start, clip_format, offset, mirrored, limits, seek=False)
+        _cut(uri, start, clip_format, canvas, limits, seek=False)
+    return canvas.finish()
+
+
+class _Canvas:
+    """The clip being filled: scales each frame so that its short side fits, and keeps the square."""
+
+    def __init__(
+        self, clip_format: ClipFormat, offset: float, mirrored: bool, out: NDArray[np.uint8] | None
+    ) -> None:
+        size = clip_format.size
+        self.clip = np.empty((3, clip_format.frames, size, size), np.uint8) if out is None else out
+        self._size, self._offset, self._mirrored = size, offset, mirrored
+
+    def begin(self, stream: av.VideoStream) -> None:
+        """Start with the first frame, of this stream."""
+        self._stream = stream
+        self._scaler = VideoReformatter()
+        self._scaled: tuple[int, int] | None = None
+        self._quarters = 0
+        self._before: av.VideoFrame | None = None
+
+    def put(self, k: int, frame: av.VideoFrame) -> None:
+        if frame is self._before:
+            self.clip[:, k] = self.clip[:, k - 1]
+            return
+        if self._scaled is None:
+            width, height = _square_pixels(frame, self._stream)
+            scale = self._size / min(width, height)
+            self._scaled = max(self._size, round(width * scale)), max(self._size, round(height * scale))
+            self._quarters = _quarter_turns(frame)
+        width, height = self._scaled
+        planar = self._scaler.reformat(
+            frame, width=width, height=height, format="gbrp", interpolation=Interpolation.BILINEAR, threads=1
+        )
+        x, y = round(self._offset * (width - self._size)), round(self._offset * (height - self._size))
+        for channel, plane in zip((1, 2, 0), planar.planes):
+            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            square = pixels[y : y + self._size, x : x + self._size]
+            # What is turned afterwards is mirrored afterwards.
+            self.clip[channel, k] = square[:, ::-1] if self._mirrored and not self._quarters else square
+        self._before = frame
+
+    def finish(self) -> NDArray[np.uint8]:
+        if self._quarters:
+            upright = np.rot90(self.clip, self._quarters, axes=(2, 3))
+            self.clip[:] = (upright[..., ::-1] if self._mirrored else upright).copy()
+        return self.clip
 
 
 def _cut(
-    uri: str,
-    start: float,
-    clip_format: ClipFormat,
-    offset: float,
-    mirrored: bool,
-    limits: MediaLimits,
-    *,
-    seek: bool,
-) -> NDArray[np.uint8]:
+    uri: str, start: float, clip_format: ClipFormat, canvas: _Canvas, limits: MediaLimits, *, seek: bool
+) -> None:
     wanted, step = clip_format.frames, 1 / clip_format.fps if clip_format.fps else 0.0
     with _opened(uri, limits) as (container, stream):
-        canvas = _Canvas(clip_format, stream, offset)
+        canvas.begin(stream)
         # Half a tick of slack: `start` went through float64 seconds.
         slack = float(stream.time_base) / 2
         frames = _frames_near(container, stream, start + slack, uri, limits) if seek else None
@@ -208,43 +250,6 @@ def _cut(
             filled += 1
         if filled < wanted:
             raise DecodeError("too_short", f"{uri}: {filled} of {wanted} frames from {start:.3f} s on")
-        return canvas.finish(mirrored)
-
-
-class _Canvas:
-    """The clip being filled: scales each frame so that its short side fits, and keeps the square."""
-
-    def __init__(self, clip_format: ClipFormat, stream: av.VideoStream, offset: float) -> None:
-        size = clip_format.size
-        self.clip = np.empty((3, clip_format.frames, size, size), np.uint8)
-        self._size, self._offset, self._stream = size, offset, stream
-        self._scaler = VideoReformatter()
-        self._scaled: tuple[int, int] | None = None
-        self._quarters = 0
-        self._before: av.VideoFrame | None = None
-
-    def put(self, k: int, frame: av.VideoFrame) -> None:
-        if frame is self._before:
-            self.clip[:, k] = self.clip[:, k - 1]
-            return
-        if self._scaled is None:
-            width, height = _square_pixels(frame, self._stream)
-            scale = self._size / min(width, height)
-            self._scaled = max(self._size, round(width * scale)), max(self._size, round(height * scale))
-            self._quarters = _quarter_turns(frame)
-        width, height = self._scaled
-        planar = self._scaler.reformat(
-            frame, width=width, height=height, format="gbrp", interpolation=Interpolation.BILINEAR, threads=1
-        )
-        x, y = round(self._offset * (width - self._size)), round(self._offset * (height - self._size))
-        for channel, plane in zip((1, 2, 0), planar.planes):
-            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            self.clip[channel, k] = pixels[y : y + self._size, x : x + self._size]
-        self._before = frame
-
-    def finish(self, mirrored: bool) -> NDArray[np.uint8]:
-        clip = np.rot90(self.clip, self._quarters, axes=(2, 3)) if self._quarters else self.clip
-        return np.ascontiguousarray(clip[..., ::-1] if mirrored else clip)
 
 
 @contextmanager

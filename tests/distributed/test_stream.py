@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from evatok.artifacts import Location
+from evatok.distributed.stream import Dealing
 from evatok.video.decode import ClipFormat, decode_clip, probe
 from evatok.video.index import PREPARED, REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.order import ClipOrder
@@ -161,11 +164,11 @@ class _Deadly:
     def __init__(self, uri: str, start: float, diary: str) -> None:
         self.clip, self.diary = (uri, start), diary
 
-    def __call__(self, uri, start, *rest):
+    def __call__(self, uri, start, *rest, **options):
         if (uri, start) == self.clip:
             open(f"{self.diary}/death-{os.getpid()}", "w").close()
             os.kill(os.getpid(), signal.SIGSEGV)
-        return decode_clip(uri, start, *rest)
+        return decode_clip(uri, start, *rest, **options)
 
 
 def test_prepared_clips_give_the_same_stream(ray_cluster, index, tmp_path):
@@ -307,3 +310,13 @@ def test_memory_stays_flat_over_fifty_thousand_clips(ray_cluster, index):
     print(f"resident MiB every 2,500 clips: {[round(value) for value in resident]}")
     assert len(resident) == 20
     assert max(resident[10:]) < 1.1 * max(resident[2:10])
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(1, 3))
+def test_large_blocks_deal_every_worker_the_batches_that_small_ones_would(workers, batch, batches, rounds):
+    dealing = Dealing(workers, batch, batch * batches)
+    places = dealing.places(np.arange(rounds * dealing.span))
+    blocks = places.reshape(-1, dealing.rows)
+    small = np.arange(rounds * dealing.span).reshape(-1, batch)
+    for worker in range(workers):
+        np.testing.assert_array_equal(blocks[worker::workers].reshape(-1, batch), small[worker::workers])
