@@ -20,7 +20,7 @@ from pydantic import Field
 from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.distributed import cluster
-from evatok.distributed.stream import block_rows, clip_stream, reading_rate
+from evatok.distributed.stream import clip_stream, large_blocks, reading_rate
 from evatok.video.decode import ClipFormat, decode_clip, probe
 from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.synthetic import write_videos
@@ -176,9 +176,7 @@ def _stream_rate(config: StreamBenchConfig, case: Case) -> tuple[float, float]:
             case.index.order(0),
             case.clip_format,
             start=0,
-            count=config.warm_up + config.clips,
-            rows_per_block=block_rows(config.batch, config.clips),
-            batch=config.batch,
             seed=0,
+            **large_blocks(config.warm_up + config.clips, 1, config.batch),
         )
         return reading_rate(dataset, config.batch, config.warm_up)

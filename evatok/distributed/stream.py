@@ -124,9 +124,14 @@ def clip_stream(
     )
 
 
-def block_rows(batch: int, most: int) -> int:
-    """Rows of a block for batches of ``batch``: enough that a task is long against what it costs Ray."""
-    return batch * max(1, min(_BLOCK_ROWS, most) // batch)
+def large_blocks(count: int, workers: int, batch: int) -> dict[str, int]:
+    """What to ask `ordered_stream` for so that tasks are long against what they cost Ray.
+
+    `count` is rounded up to whole rounds: who takes batches stops when it has enough.
+    """
+    rows = batch * max(1, min(_BLOCK_ROWS, count // workers) // batch)
+    span = workers * rows
+    return {"count": -(-count // span) * span, "rows_per_block": rows, "workers": workers, "batch": batch}
 
 
 def reading_rate(dataset: ray.data.Dataset, batch: int, warm_up: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from evatok.artifacts import CurveWriter, Location
-from evatok.distributed.stream import block_rows
+from evatok.distributed.stream import large_blocks
 from evatok.errors import UserError
 from evatok.training.checkpoint import FolderCheckpoints, TrainState
 from evatok.training.curves import ROW_KEYS, Sink
@@ -158,10 +158,7 @@ class _Job:
 def _remaining(stream: Stream, config: TrainConfig, workers: int, seen: int) -> Dataset:
     # At least one step's worth, because Ray refuses an empty dataset; nothing of it runs unless asked for.
     count = max(config.global_batch, config.steps * config.global_batch - seen)
-    micro = config.micro(workers)
-    rows = block_rows(micro, count // workers)
-    whole_rounds = -(-count // (workers * rows)) * workers * rows
-    dataset = stream(start=seen, count=whole_rounds, rows_per_block=rows, workers=workers, batch=micro)
+    dataset = stream(start=seen, **large_blocks(count, workers, config.micro(workers)))
     dataset.context.enable_progress_bars = False
     return dataset
 
