@@ -124,7 +124,7 @@ def clip_stream(
     )
 
 
-def large_blocks(count: int, workers: int, batch: int) -> dict[str, int]:
+def large_blocks(count: int, workers: int, batch: int) -> dict[str, Any]:
     """What to ask `ordered_stream` for so that tasks are long against what they cost Ray.
 
     `count` is rounded up to whole rounds: who takes batches stops when it has enough.

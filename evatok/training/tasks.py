@@ -51,7 +51,8 @@ class Task(ABC):
 
     def collate(self, columns: Mapping[str, NDArray[Any]]) -> Batch:
         """Tensors of a batch of the stream's rows, on the CPU."""
-        return {name: torch.as_tensor(np.ascontiguousarray(column)) for name, column in columns.items()}
+        # Copies: where in a block of the stream a batch lies decides its alignment, and that the last digits.
+        return {name: torch.tensor(np.ascontiguousarray(column)) for name, column in columns.items()}
 
     def rate_scale(self, engine: str) -> float:
         """Factor on the learning rate of an engine."""

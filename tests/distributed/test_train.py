@@ -19,8 +19,6 @@ from evatok.distributed.stream import ordered_stream
 from evatok.distributed.train import fit
 from evatok.errors import UserError
 
-pytestmark = pytest.mark.slow
-
 ray.cloudpickle.register_pickle_by_value(toy)
 
 
