@@ -14,7 +14,7 @@ def sources(conditioned: bool) -> Sources:
     config = RouterConfig(frames=8, size=16, choices=(2, 4, 8), network=network, conditioned=conditioned)
     router = Router(config)
     with torch.no_grad():
-        router.head.classes.weight.mul_(50)
+        (router.head.quality if conditioned else router.head.classes).weight.mul_(50)
     return Sources(AssignmentSpace((2, 4, 8), 2), router=router)
 
 
