@@ -73,6 +73,10 @@ class AssignmentSpace:
         """Total tokens of every assignment in order: int64 [size]."""
         return self.all().sum(-1)
 
+    def uniforms(self) -> Tensor:
+        """The indices of the assignments that give every block the same count, ascending: int64 [m]."""
+        return self.index(torch.tensor(self.choices).unsqueeze(1).expand(-1, self.blocks))
+
     def sample(self, positions: Tensor, seed: int) -> Tensor:
         """Draw uniformly: global sample positions int64 [B] -> assignments [B, T].
 

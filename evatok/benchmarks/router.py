@@ -15,19 +15,20 @@ from pydantic import Field
 from torch import Tensor
 
 from evatok.artifacts import Location
-from evatok.assignment.reward import RewardStatistics, RewardWeights, percentile, reward
+from evatok.assignment.reward import RewardWeights, percentile, reward
 from evatok.assignment.space import AssignmentSpace
 from evatok.assignment.table import RewardTable
+from evatok.benchmarks.search import decoded
 from evatok.config import Config
 from evatok.errors import UserError
 from evatok.models.layers import TransformerSize
 from evatok.models.router import Router, RouterConfig, RouterObjective
-from evatok.models.tokenizer import Size
+from evatok.models.tokenizer import Size, VideoTokenizer
+from evatok.stages.curate import load_statistics
 from evatok.training.checkpoint import FolderCheckpoints
 from evatok.training.loop import TrainConfig, train
 from evatok.training.routing import RouterTask
 from evatok.training.tasks import Batch
-from evatok.video.decode import ClipFormat, decode_clip
 from evatok.video.index import ClipIndex
 
 
@@ -113,18 +114,14 @@ class _Comparison:
                 f"{run.uri} holds no curated clips: run `make quickstart`, or name another run with"
                 " --set run=FOLDER"
             )
-        statistics = (run / "curate").read_json("statistics.json")
-        if settings.metric not in statistics:
-            raise UserError(f"{run.uri} recorded no {settings.metric!r}: give --set metric=NAME")
-        self.space = AssignmentSpace(tuple(statistics["choices"]), statistics["blocks"])
-        quality, length = statistics[settings.metric], statistics["length"]
-        self.statistics = RewardStatistics(quality["mean"], quality["std"], length["mean"], length["std"])
-        shape = (run / "proxy" / "model").read_json("config.json")
+        self.statistics = load_statistics(run / "curate", settings.metric)
+        self.proxy = VideoTokenizer.from_artifact(run / "proxy").config
+        self.space = AssignmentSpace(self.proxy.choices, self.proxy.blocks)
         self.shape = RouterConfig(
-            frames=shape["frames"],
-            size=shape["size"],
-            patch=shape["patch"],
-            choices=self.space.choices,
+            frames=self.proxy.frames,
+            size=self.proxy.size,
+            patch=self.proxy.patch,
+            choices=self.proxy.choices,
             network=settings.network,
         )
         index = ClipIndex.open(run / "index")
@@ -146,9 +143,7 @@ class _Comparison:
     def constants(self, w_q: float) -> dict[str, float]:
         """Percentiles of the best fixed and the best uniform assignment of the training clips."""
         means, held = self._rewards(self.train, w_q).mean(0), self._rewards(self.test, w_q)
-        uniforms = self.space.index(
-            torch.tensor(self.space.choices).unsqueeze(1).expand(-1, self.space.blocks)
-        )
+        uniforms = self.space.uniforms()
         best = {"static": means.argmax(), "uniform": uniforms[means[uniforms].argmax()]}
         return {name: percentile(held, index.expand(len(held))) for name, index in best.items()}
 
@@ -203,9 +198,6 @@ class _Comparison:
         known = RewardTable.open(self.table).select(split).load([self.settings.metric])
         if not len(known):
             raise UserError(f"{self.table.uri} has no clips of the split {split}")
-        form = ClipFormat(frames=self.shape.frames, size=self.shape.size)
-        pixels = [
-            decode_clip(clip["uri"], clip["start"], form.model_copy(update={"fps": clip["fps"]}))
-            for clip in index.take(known.row.numpy()).to_pylist()
-        ]
-        return Clips(known.row, torch.from_numpy(np.stack(pixels)), known.quality[self.settings.metric])
+        found = index.take(known.row.numpy()).to_pylist()
+        pixels = decoded([(clip["uri"], clip["start"], clip["fps"]) for clip in found], self.proxy)
+        return Clips(known.row, pixels, known.quality[self.settings.metric])

@@ -214,13 +214,13 @@ def _proxy_and_clips(settings: Settings) -> tuple[VideoTokenizer, Tensor, Tensor
             index.select(split=split).take(np.arange(count)).to_pylist()
             for split, count in zip(("train", "test"), wanted)
         ]
-        found = [_decoded([(c["uri"], c["start"], c["fps"]) for c in part], proxy.config) for part in parts]
+        found = [decoded([(c["uri"], c["start"], c["fps"]) for c in part], proxy.config) for part in parts]
         return _placed(proxy, settings), found[0].to(settings.device), found[1].to(settings.device)
     proxy = VideoTokenizer(settings.tokenizer).to(settings.device)
     with tempfile.TemporaryDirectory() as folder:
         videos = write_videos(folder, sum(wanted), seed=0, blocks=4)
         places = [(f"{folder}/{video.name}", 0.0, 0.0) for video in videos]
-        training, clips = _decoded(places, proxy.config).to(settings.device).split(wanted)
+        training, clips = decoded(places, proxy.config).to(settings.device).split(wanted)
     _train(proxy, training, settings.steps)
     return _placed(proxy, settings), training, clips
 
@@ -241,7 +241,8 @@ def _train(proxy: VideoTokenizer, clips: Tensor, steps: int) -> None:
         optimizer.step()
 
 
-def _decoded(places: Sequence[tuple[str, float, float]], config: TokenizerConfig) -> Tensor:
+def decoded(places: Sequence[tuple[str, float, float]], config: TokenizerConfig) -> Tensor:
+    """Clips (uri, start, fps) as a tokenizer takes them, uint8 [n, C, F, H, W]."""
     clips = [
         decode_clip(uri, start, ClipFormat(frames=config.frames, size=config.size, fps=fps))
         for uri, start, fps in places

@@ -140,9 +140,8 @@ class PricedHead(nn.Module):
         self.length: Tensor
         self.register_buffer("length", length.float(), persistent=False)
         self.quality = nn.Linear(config.network.width, len(length))
-        self.log_sharpness = nn.Parameter(
-            torch.full((1,), 2.3)
-        )  # DeepSpeed sends no parameter without an axis
+        # One axis, because DeepSpeed sends no parameter without any.
+        self.log_sharpness = nn.Parameter(torch.full((1,), 2.3))
 
     @torch.no_grad()
     def expect(self, quality: Tensor) -> None:

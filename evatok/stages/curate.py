@@ -299,7 +299,7 @@ def headlines(
 
     train = means("train")[0]
     held, best, worst, tokens = means("test" if len(table.select("test")) else "train")
-    uniforms = space.index(torch.tensor(space.choices).unsqueeze(1).expand(-1, space.blocks))
+    uniforms = space.uniforms()
     uniform, static = int(uniforms[train[uniforms].argmax()]), int(train.argmax())
     return {
         "best_tokens": tokens,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from evatok.artifacts import Location
 from evatok.assignment.reward import RewardStatistics, RewardWeights, reward, sample_weights
 from evatok.assignment.space import AssignmentSpace
-from evatok.assignment.table import RewardTable
+from evatok.assignment.table import RewardRows, RewardTable
 from evatok.models.router import PricedHead, Router, RouterConfig, RouterObjective
 from evatok.training.tasks import Batch, Metrics, Modules, Task
 
@@ -42,7 +42,7 @@ class RouterTask(Task):
         self._totals = AssignmentSpace(self.router.choices, self.router.blocks).totals()
         router = Router(self.router)
         if isinstance(router.head, PricedHead):
-            router.head.expect(self._mean_quality())
+            router.head.expect(self._mean_quality(found))
         return {"model": router}
 
     def losses(self, modules: Modules, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
@@ -87,9 +87,9 @@ class RouterTask(Task):
         values = reward(quality, self._totals, self.metric, weights, self.statistics)
         return values.float().to(batch["clip"].device)
 
-    def _mean_quality(self) -> Tensor:
+    def _mean_quality(self, rows: RewardRows) -> Tensor:
         """Of every assignment over the training clips: z-scored, higher is better, [size]."""
-        quality = RewardTable.open(self.table).select("train").load([self.metric]).quality[self.metric]
+        quality = rows.quality[self.metric][torch.tensor([split == "train" for split in rows.split])]
         # At w_q = 2 tokens are free, and the reward is twice the quality.
         free = reward(quality, self._totals, self.metric, RewardWeights(2.0), self.statistics)
         return free.mean(0) / 2

@@ -96,9 +96,9 @@ class BestUniformPolicy(RewardPolicy):
 
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
         space = sources.space
-        uniform = torch.tensor(space.choices)[:, None].expand(-1, space.blocks)
-        rewards = self.rewards(evidence, sources)[:, space.index(uniform)]
-        return uniform[rewards.argmax(1)]
+        uniforms = space.uniforms()
+        rewards = self.rewards(evidence, sources)[:, uniforms]
+        return space.assignment(uniforms[rewards.argmax(1)])
 
 
 class LimitPolicy(MeasuringPolicy):
