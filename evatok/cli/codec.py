@@ -13,26 +13,49 @@ import torch
 from numpy.typing import NDArray
 
 from evatok.artifacts import Artifact, read_manifest
-from evatok.assignment.policies import BudgetedPolicy, Policy, RouterPolicy
+from evatok.assignment.policies import BudgetedPolicy, Evidence, Policy, RouterPolicy
 from evatok.assignment.policies.policy import BasePolicy
 from evatok.cli.console import Console
 from evatok.config import Config, parse
 from evatok.errors import UserError
 from evatok.experiment import Experiment, open_experiment
 from evatok.models.tokenizer import VideoTokenizer
-from evatok.models.tokens import Tokens
+from evatok.models.tokens import Tokens, frame_rate
 from evatok.stages.generate import to_bytes
 from evatok.stages.sources import policy_sources
 from evatok.video.decode import ClipFormat, DecodeError, decode_clip, probe
 from evatok.video.index import clip_starts
-from evatok.video.write import write_video
+from evatok.video.write import write_frames
 
 CLIPS_AT_ONCE = 8
+FPS = 8.0  # of a token file that does not say
 BAR = 6  # pixels of the bar that shows a block's share of the most tokens there are
 
 
 class PolicyOption(Config):
     policy: Policy
+
+
+@dataclass(frozen=True)
+class Video:
+    """A file cut into clips that follow each other; `fps` of their frames."""
+
+    path: str
+    form: ClipFormat
+    starts: tuple[float, ...]
+    fps: float
+
+    def batches(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Some clips at a time, however long the video: the first one's number, uint8 [B, C, F, H, W]."""
+        for first in range(0, len(self.starts), CLIPS_AT_ONCE):
+            try:
+                clips = [
+                    decode_clip(self.path, start, self.form)
+                    for start in self.starts[first : first + CLIPS_AT_ONCE]
+                ]
+            except DecodeError as error:
+                raise UserError(f"{self.path} cannot be used: {error.detail}") from None
+            yield first, torch.from_numpy(np.stack(clips))
 
 
 @dataclass(frozen=True)
@@ -56,85 +79,96 @@ class Codec:
         index: Any = getattr(experiment, "index")  # noqa: B009  (a section that the file's type adds)
         return cls(experiment, VideoTokenizer.from_artifact(location).eval(), index.fps)
 
-    def assignments(self, clips: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-        """Token counts int64 [N, T] of uint8 clips [N, C, F, H, W] under the policy that the options name."""
+    def assignments(self, video: Video, policy: BasePolicy) -> torch.Tensor:
+        """Token counts int64 [N, T] of the video's N clips."""
         manifests = {name: self._artifact(name) for name in ("proxy", "curate", "router")}
         inputs = {name: artifact for name, artifact in manifests.items() if artifact is not None}
         reward: Any = getattr(self.experiment, "curate")  # noqa: B009
-        sources = policy_sources(inputs, reward.reward)
-        with torch.no_grad():
-            return wanted(args).bind(sources)(clips)
+        sources = policy_sources(inputs, reward.reward).to("cpu")
+        seen = []
+        for start, clips in video.batches():
+            positions = torch.arange(start, start + len(clips))
+            seen.append(policy.observe(clips, positions, sources))
+        return policy.assign(Evidence.cat(seen), sources)
 
     def _artifact(self, name: str) -> Artifact | None:
         location = self.experiment.location / name
         manifest = read_manifest(location)
         return Artifact(location, manifest) if manifest and manifest.state == "done" else None
 
-    def clips(self, path: str) -> tuple[NDArray[np.uint8], float]:
-        """All clips of a video one after the other, uint8 [N, C, F, H, W], and their frame rate."""
+    def video(self, path: str) -> Video:
         config = self.tokenizer.config
         form = ClipFormat(frames=config.frames, size=config.size, fps=self.fps)
         try:
             info = probe(path)
-            starts = clip_starts(info, form, config.frames, None)
-            clips = [decode_clip(path, start, form) for start in starts]
         except DecodeError as error:
             raise UserError(f"{path} cannot be used: {error.detail}") from None
-        if not clips:
+        starts = clip_starts(info, form, config.frames, None)
+        if not starts:
             raise UserError(f"{path} is shorter than one clip of {config.frames} frames")
-        return np.stack(clips), self.fps or info.fps
+        return Video(path, form, tuple(starts), self.fps or info.fps)
 
     @torch.no_grad()
-    def encode(self, clips: NDArray[np.uint8], assignment: torch.Tensor) -> Tokens:
-        batches = zip(_batches(torch.from_numpy(clips)), _batches(assignment))
-        return Tokens.cat([self.tokenizer.encode(batch, tokens) for batch, tokens in batches])
+    def encode(self, video: Video, assignment: torch.Tensor) -> Iterator[tuple[torch.Tensor, Tokens]]:
+        """The clips of the video, some at a time, with their tokens."""
+        for start, clips in video.batches():
+            yield clips, self.tokenizer.encode(clips, assignment[start : start + len(clips)])
 
     @torch.no_grad()
     def decode(self, tokens: Tokens) -> NDArray[np.uint8]:
-        """Frames uint8 [C, N * F, H, W] of N clips, one after the other."""
-        sequences = tokens.to_sequences()
-        parts = [
-            to_bytes(self.tokenizer.decode(Tokens.from_sequences(sequences[i : i + CLIPS_AT_ONCE])))
-            for i in range(0, len(sequences), CLIPS_AT_ONCE)
-        ]
-        return in_a_row(np.concatenate(parts))
+        """Frames uint8 [C, B * F, H, W] of B clips, one after the other."""
+        return in_a_row(to_bytes(self.tokenizer.decode(tokens)))
 
 
 def encode(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write a video's tokens."""
-    codec = Codec.open(args, console)
-    clips, fps = codec.clips(args.video)
-    tokens = codec.encode(clips, codec.assignments(torch.from_numpy(clips), args))
-    output = args.output or str(Path(args.video).with_suffix(".safetensors").name)
-    tokens.save(output, codec.tokenizer.codebook)
+    output = output_file(args, args.video, ".safetensors")
+    policy, codec = wanted(args), Codec.open(args, console)
+    video = codec.video(args.video)
+    encoded = codec.encode(video, codec.assignments(video, policy))
+    tokens = Tokens.cat([part for _, part in encoded])
+    tokens.save(output, codec.tokenizer.codebook, video.fps)
     console.show(f"{_summary(tokens)}: {output}")
-    return {"output": output, "fps": fps, **_figures(tokens)}
+    return {"output": str(output), "fps": video.fps, **_figures(tokens)}
 
 
 def decode(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write the video of a token file."""
+    output = output_file(args, args.tokens, ".mp4", ".gif")
     codec = Codec.open(args, console)
     tokens = Tokens.load(args.tokens, codec.tokenizer.codebook)
-    output = args.output or str(Path(args.tokens).with_suffix(".mp4").name)
-    write_video(output, codec.decode(tokens), args.fps)
+    fps = args.fps or frame_rate(args.tokens) or FPS
+    sequences = tokens.to_sequences()
+    batches = (sequences[i : i + CLIPS_AT_ONCE] for i in range(0, len(sequences), CLIPS_AT_ONCE))
+    write_frames(
+        output, (f for part in batches for f in frames(codec.decode(Tokens.from_sequences(part)))), fps
+    )
     console.show(f"{_summary(tokens)}: {output}")
-    return {"output": output, **_figures(tokens)}
+    return {"output": str(output), "fps": fps, **_figures(tokens)}
 
 
 def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write a video beside its reconstruction, with a bar for the tokens of every block."""
-    codec = Codec.open(args, console)
-    clips, fps = codec.clips(args.video)
-    tokens = codec.encode(clips, codec.assignments(torch.from_numpy(clips), args))
-    original, reconstruction = in_a_row(clips), codec.decode(tokens)
-    error = (original.astype(np.float32) - reconstruction.astype(np.float32)) / 255
-    psnr = float(-10 * np.log10(max(float((error**2).mean()), 1e-10)))
-    picture = np.concatenate([original, reconstruction], axis=3)
-    shares = tokens.lengths.flatten().numpy() / codec.tokenizer.choices[-1]
-    output = args.output or f"{Path(args.video).stem}-reconstructed.mp4"
-    write_video(output, with_bar(picture, shares), fps)
+    output = output_file(args, f"{Path(args.video).stem}-reconstructed.mp4", ".mp4", ".gif")
+    policy, codec = wanted(args), Codec.open(args, console)
+    video = codec.video(args.video)
+    assignment = codec.assignments(video, policy)
+    parts, errors = [], []
+
+    def pictures() -> Iterator[NDArray[np.uint8]]:
+        for clips, tokens in codec.encode(video, assignment):
+            original, reconstruction = in_a_row(clips.numpy()), codec.decode(tokens)
+            error = (original.astype(np.float32) - reconstruction.astype(np.float32)) / 255
+            parts.append(tokens)
+            errors.append((error**2).mean(dtype=np.float64) * len(clips))
+            shares = tokens.lengths.flatten().numpy() / codec.tokenizer.choices[-1]
+            yield from frames(with_bar(np.concatenate([original, reconstruction], axis=3), shares))
+
+    write_frames(output, pictures(), video.fps)
+    tokens = Tokens.cat(parts)
+    psnr = float(-10 * np.log10(max(sum(errors) / len(tokens), 1e-10)))
     console.show(f"{_summary(tokens)}, PSNR {psnr:.2f} dB: {output}")
-    return {"output": output, "fps": fps, "psnr": psnr, **_figures(tokens)}
+    return {"output": str(output), "fps": video.fps, "psnr": psnr, **_figures(tokens)}
 
 
 def wanted(args: argparse.Namespace) -> BasePolicy:
@@ -149,9 +183,24 @@ def wanted(args: argparse.Namespace) -> BasePolicy:
     return parse(f"policy: {text}", PolicyOption, f"--policy {args.policy}").policy
 
 
+def output_file(args: argparse.Namespace, source: str, *suffixes: str) -> Path:
+    """What ``--output`` names, else a file here that is called like ``source``. UserError if unwritable."""
+    output = Path(args.output or Path(source).with_suffix(suffixes[0]).name)
+    if output.suffix not in suffixes:
+        raise UserError(f"--output {output}: the name of this file ends in {' or '.join(suffixes)}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
+    return output
+
+
 def in_a_row(clips: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Clips [N, C, F, H, W] as one of N * F frames."""
     return np.concatenate(list(clips), axis=1)
+
+
+def frames(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[C, F, H, W] frame by frame: [F, H, W, C]."""
+    return picture.transpose(1, 2, 3, 0)
 
 
 def with_bar(picture: NDArray[np.uint8], shares: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -161,10 +210,6 @@ def with_bar(picture: NDArray[np.uint8], shares: NDArray[np.float64]) -> NDArray
     for frame, share in enumerate(np.repeat(shares, frames // len(shares))):
         bar[:, frame, 1:, : round(share * width)] = 220
     return np.concatenate([picture, bar], axis=2)
-
-
-def _batches(items: torch.Tensor) -> Iterator[torch.Tensor]:
-    return iter(items.split(CLIPS_AT_ONCE))
 
 
 def _summary(tokens: Tokens) -> str:

@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     )
     decode.add_argument("experiment", metavar="EXPERIMENT", help="experiment file (*.yaml) or a run's folder")
     decode.add_argument("tokens", metavar="TOKENS", help="token file that encode wrote")
-    decode.add_argument("--fps", type=float, default=8.0, help="frames per second of the video")
+    decode.add_argument("--fps", type=float, help="frames per second; the encoded video's where left out")
     decode.add_argument("--output", metavar="FILE")
     _overrides(decode)
     reconstruct = command(

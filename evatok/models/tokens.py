@@ -54,10 +54,14 @@ class Tokens:
         """Batches of clips with equal numbers of blocks, one after the other."""
         return cls(torch.cat([part.indices for part in parts]), torch.cat([part.lengths for part in parts]))
 
-    def save(self, path: str | Path, codebook: str = "") -> None:
-        """Write a safetensors file. ``codebook``: what the indices mean, ``VideoTokenizer.codebook``."""
+    def save(self, path: str | Path, codebook: str = "", fps: float = 0.0) -> None:
+        """Write a safetensors file.
+
+        ``codebook``: what the indices mean, ``VideoTokenizer.codebook``. ``fps``: frames per second of the
+        video, 0 where unknown.
+        """
         tensors = {"indices": self.indices.contiguous().cpu(), "lengths": self.lengths.contiguous().cpu()}
-        save_file(tensors, path, metadata={"codebook": codebook})
+        save_file(tensors, path, metadata={"codebook": codebook, "fps": f"{fps:.6g}"})
 
     @classmethod
     def load(cls, path: str | Path, codebook: str = "") -> Tokens:
@@ -77,3 +81,9 @@ class Tokens:
                 " that the tokens were made with, or encode the clips again."
             )
         return tokens
+
+
+def frame_rate(path: str | Path) -> float:
+    """Frames per second of the video whose tokens ``Tokens.save`` wrote; 0 where unknown."""
+    with safe_open(path, framework="pt") as file:
+        return float((file.metadata() or {}).get("fps", 0))

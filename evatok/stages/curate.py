@@ -28,9 +28,9 @@ from evatok.errors import UserError
 from evatok.metrics.perceptual import load_quality
 from evatok.metrics.pixels import QualityMetric
 from evatok.models.tokenizer import VideoTokenizer
-from evatok.stages.fanning import fan_out_models, write_rejected
+from evatok.stages.fanning import decode_rows, fan_out_models, write_rejected
 from evatok.stages.stage import Description, Stage, StageContext
-from evatok.video.decode import ClipFormat, DecodeError, decode_clip
+from evatok.video.decode import ClipFormat, decode_clip
 from evatok.video.index import ClipIndex
 
 if TYPE_CHECKING:
@@ -115,6 +115,11 @@ class Scorer:
         for metric in self.metrics:
             metric.to(self.device)
         return self
+
+    def decode(self, entry: dict[str, Any]) -> NDArray[np.uint8]:
+        """uint8 ``[C, F, H, W]``. Raises DecodeError."""
+        form = ClipFormat(frames=self.proxy.config.frames, size=self.proxy.config.size, fps=entry["fps"])
+        return decode_clip(entry["uri"], entry["start"], form)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -237,17 +242,7 @@ def score(spec: tuple[NDArray[np.int64], tuple[int, ...]], scorer: Scorer) -> Sh
     from evatok.distributed.fanout import ShardOutput
 
     rows, prefix = spec
-    found, clips, rejected = [], [], []
-    frames, size = scorer.proxy.config.frames, scorer.proxy.config.size
-    for clip in scorer.index.take(rows).to_pylist():
-        try:
-            form = ClipFormat(frames=frames, size=size, fps=clip["fps"])
-            clips.append(decode_clip(clip["uri"], clip["start"], form))
-            found.append(clip)
-        except DecodeError as error:
-            rejected.append(
-                {"uri": clip["uri"], "code": error.code, "detail": f"{clip['clip_id']}: {error.detail}"}
-            )
+    found, clips, rejected = decode_rows(scorer.index, rows, scorer.decode)
     if clips:
         batch = torch.from_numpy(np.stack(clips)).to(scorer.device)
         quality = full(scorer.proxy, batch, scorer.space, scorer.metrics, prefix=prefix, memory=scorer.memory)

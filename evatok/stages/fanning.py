@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from evatok.stages.stage import StageContext
-from evatok.video.index import REJECTED, REJECTED_SCHEMA
+from evatok.video.decode import DecodeError
+from evatok.video.index import REJECTED, REJECTED_SCHEMA, ClipIndex
 
 if TYPE_CHECKING:
     from evatok.distributed.fanout import FanOutSummary, Progress, ShardOutput
@@ -42,6 +45,21 @@ def fan_out_models(
         label_selector=resources.groups.selector("curate"),
         on_progress=show,
     )
+
+
+def decode_rows(
+    index: ClipIndex, rows: NDArray[np.int64], decode: Callable[[dict[str, Any]], NDArray[np.uint8]]
+) -> tuple[list[dict[str, Any]], list[NDArray[np.uint8]], list[dict[str, str]]]:
+    """The rows of the index that ``decode`` can decode, their clips, and for the others what was wrong."""
+    found, clips, rejected = [], [], []
+    for entry in index.take(rows).to_pylist():
+        try:
+            clips.append(decode(entry))
+            found.append(entry)
+        except DecodeError as error:
+            detail = f"{entry['clip_id']}: {error.detail}"
+            rejected.append({"uri": entry["uri"], "code": error.code, "detail": detail})
+    return found, clips, rejected
 
 
 def write_rejected(context: StageContext, done: FanOutSummary) -> int:

@@ -22,7 +22,7 @@ from evatok.config import OPERATIONAL, Config
 from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.models.tokens import Tokens
-from evatok.stages.fanning import fan_out_models, write_rejected
+from evatok.stages.fanning import decode_rows, fan_out_models, write_rejected
 from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.token_table import (
@@ -33,7 +33,7 @@ from evatok.training.token_table import (
     mean_tokens,
     to_table,
 )
-from evatok.video.decode import ClipFormat, DecodeError, decode_clip
+from evatok.video.decode import ClipFormat, decode_clip
 from evatok.video.index import ClipIndex
 
 if TYPE_CHECKING:
@@ -203,14 +203,7 @@ def encode_clips(spec: tuple[NDArray[np.int64], int], encoder: Encoder) -> Shard
     from evatok.distributed.fanout import ShardOutput
 
     rows, augmentation = spec
-    found, clips, rejected = [], [], []
-    for entry in encoder.index.take(rows).to_pylist():
-        try:
-            clips.append(encoder.clip(entry, augmentation))
-            found.append(entry)
-        except DecodeError as error:
-            detail = f"{entry['clip_id']}: {error.detail}"
-            rejected.append({"uri": entry["uri"], "code": error.code, "detail": detail})
+    found, clips, rejected = decode_rows(encoder.index, rows, lambda entry: encoder.clip(entry, augmentation))
     tables = []
     for start in range(0, len(found), ENCODED_AT_ONCE):
         entries = found[start : start + ENCODED_AT_ONCE]

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from evatok.cli import main
+from evatok.cli import codec, main
 from evatok.cli.codec import with_bar
 from evatok.models.tokens import Tokens
+from evatok.video.decode import probe
 from evatok.video.synthetic import write_videos
 from evatok.video.write import write_video
 
@@ -74,3 +76,38 @@ def test_the_bar_is_as_long_as_the_blocks_share() -> None:
     picture = np.zeros((3, 8, 4, 10), np.uint8)
     bars = with_bar(picture, np.array([0.5, 1.0]))[0, :, -1]
     assert (bars > 0).sum(1).tolist() == [5] * 4 + [10] * 4
+
+
+def test_a_video_is_one_set_to_its_policy_however_it_is_cut_up(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = str(tmp_path / write_videos(tmp_path, 1, seed=6, blocks=20)[0].name)
+    written = []
+    for at_once in (8, 2):
+        monkeypatch.setattr(codec, "CLIPS_AT_ONCE", at_once)
+        file = tmp_path / f"{at_once}.safetensors"
+        policy = ["--policy", "{kind: ilp, budget: 20}"]
+        assert main(["encode", str(tiny_run), video, *policy, "--output", str(file)]) == 0
+        written.append(Tokens.load(file))
+    assert len(written[0]) == 5
+    assert torch.equal(written[0].lengths, written[1].lengths)
+    assert torch.equal(written[0].indices, written[1].indices)
+    assert written[0].lengths.sum() <= 100
+
+
+def test_a_decoded_video_plays_at_the_rate_of_the_encoded_one(
+    tiny_run: Path, video: str, tmp_path: Path
+) -> None:
+    tokens, film = str(tmp_path / "tokens.safetensors"), str(tmp_path / "film.mp4")
+    assert main(["encode", str(tiny_run), video, "--output", tokens]) == 0
+    for words, fps in ((["--fps", "5"], 5), ([], probe(video).fps)):
+        assert main(["decode", str(tiny_run), tokens, *words, "--output", film]) == 0
+        assert probe(film).fps == pytest.approx(fps)
+
+
+@pytest.mark.parametrize(("name", "said"), [("film.avi", ".mp4 or .gif"), ("absent/film.mp4", "no folder")])
+def test_an_output_that_cannot_be_written_is_refused_at_once(
+    name: str, said: str, tiny_run: Path, video: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reconstruct", str(tiny_run), video, "--output", str(tmp_path / name)]) == 2
+    assert said in capsys.readouterr().err

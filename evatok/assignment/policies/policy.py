@@ -135,14 +135,21 @@ class BasePolicy(Config):
         present = {"proxy": sources.tokenizer and sources.metric, "router": sources.router}
         return [name for name in needed if not present[name]]
 
+    def observe(self, clips: Tensor, positions: Tensor, sources: Sources) -> Evidence:
+        """What this policy reads of the clips; measures no more than it needs. UserError as in ``require``.
+
+        clips: [B, C, F, H, W] on the device of the sources' networks; positions: int64 [B].
+        """
+        self.require(sources)
+        return _gather(clips, positions, sources, [self], lambda tree: self.measure(tree, sources))
+
     def bind(self, sources: Sources) -> Assigner:
-        """This policy as a function of clips; measures no more than it needs. UserError as in ``require``."""
+        """This policy as a function of clips. UserError as in ``require``."""
         self.require(sources)
 
         def assign(clips: Tensor, positions: Tensor | None = None) -> Tensor:
             positions = torch.arange(len(clips)) if positions is None else positions
-            evidence = _gather(clips, positions, sources, [self], lambda tree: self.measure(tree, sources))
-            return self.assign(evidence, sources)
+            return self.assign(self.observe(clips, positions, sources), sources)
 
         return assign
 
