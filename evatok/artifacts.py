@@ -8,6 +8,7 @@ stage never mixes two configs.
 
 from __future__ import annotations
 
+import _thread
 import builtins
 import contextlib
 import fcntl
@@ -331,18 +332,18 @@ def exclusive(location: Location, patience: float = 0.0) -> Iterator[None]:
     ``patience``: seconds to wait for a living holder.
     """
     folder = location.local()
-    lock = _file_lock(folder) if folder else _lease(location)
     deadline = time.monotonic() + max(patience, 0.0 if folder else LEASE_SECONDS)
-    with contextlib.ExitStack() as stack:
-        while (holder := stack.enter_context(lock)) is not None:
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"{location.uri} is in use by {holder or 'another process'}.\n"
-                    "Wait for it to end, or stop it, or give this experiment another name (--set name=...)."
-                )
-            time.sleep(min(1.0, LEASE_SECONDS / 10))
-            lock = _file_lock(folder) if folder else _lease(location)
-        yield
+    while True:
+        with _file_lock(folder) if folder else _lease(location) as holder:
+            if holder is None:
+                yield
+                return
+        if time.monotonic() >= deadline:
+            raise UserError(
+                f"{location.uri} is in use by {holder or 'another process'}.\n"
+                "Wait for it to end, or stop it, or give this experiment another name (--set name=...)."
+            )
+        time.sleep(min(1.0, LEASE_SECONDS / 10))
 
 
 @contextlib.contextmanager
@@ -368,9 +369,14 @@ def _file_lock(folder: Path) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def _lease(location: Location) -> Iterator[str | None]:
-    """Yields None when the lease is ours, else who holds it."""
+    """Yields None when the lease is ours, else who holds it.
+
+    A holder whose lease lapsed (storage out of reach) is interrupted if it is the main thread, and raises
+    UserError.
+    """
     name, mine = "lease.json", uuid.uuid4().hex
-    released = threading.Event()
+    released, lost = threading.Event(), threading.Event()
+    main = threading.current_thread() is threading.main_thread()
 
     def sign() -> None:
         location.write_json(name, {"id": mine, "holder": _me(), "until": time.time() + LEASE_SECONDS})
@@ -381,16 +387,27 @@ def _lease(location: Location) -> Iterator[str | None]:
         return {"id": "", "holder": "", "until": 0.0}
 
     def renew() -> None:
+        signed = time.monotonic()
         while not released.wait(LEASE_SECONDS / 4):
-            sign()
+            try:
+                if current()["id"] == mine:
+                    sign()
+                    signed = time.monotonic()
+                    continue
+            except (OSError, ValueError):
+                if time.monotonic() < signed + LEASE_SECONDS:
+                    continue
+            lost.set()
+            if main:
+                _thread.interrupt_main()
+            return
 
     if (holder := current())["until"] > time.time():
         yield holder["holder"]
         return
     sign()
-    time.sleep(
-        min(1.0, LEASE_SECONDS / 10)
-    )  # a rival who signed at the same moment has overwritten us by now
+    # A rival who signed at the same moment has overwritten us by then.
+    time.sleep(min(1.0, LEASE_SECONDS / 10))
     if (holder := current())["id"] != mine:
         yield holder["holder"]
         return
@@ -401,7 +418,13 @@ def _lease(location: Location) -> Iterator[str | None]:
     finally:
         released.set()
         thread.join()
-        location.delete(name)
+        if lost.is_set():
+            raise UserError(
+                f"{location.uri}: storage did not answer for {LEASE_SECONDS:.0f} seconds, and this process"
+                " lost its hold on the run. What was finished is kept; run again to go on."
+            )
+        if current()["id"] == mine:
+            location.delete(name)
 
 
 def _me() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model
 
-from evatok import artifacts
+from evatok import artifacts, weights
 from evatok.artifacts import Artifact, Location, Manifest
 from evatok.config import Config, dump, flatten, identity, load, parse, problems
 from evatok.errors import UserError
@@ -27,6 +28,8 @@ from evatok.stages.stage import Description, Listener, Resources, Stage, StageCo
 
 CHAIN = ("index", "proxy", "curate", "router", "tokenizer", "tokens", "generator", "generate", "evaluate")
 """Every stage, in the order in which they run: the module ``evatok.stages.<name>`` holds its ``STAGE``."""
+
+REDO = "redo.json"  # the stages whose artifacts are being deleted
 
 
 class Experiment(Config):
@@ -84,7 +87,9 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     if text.endswith((".yaml", ".yml")) or not Location.parse(text).exists("experiment.yaml"):
         return load(text, experiment_type(), overrides)
     data = Location.parse(text).read_bytes("experiment.yaml")
-    return parse(data, experiment_type(), f"{text}/experiment.yaml", overrides)
+    here = Location.parse(text).uri.rpartition("/")  # wherever the folder was moved since it was written
+    moved = [f"storage={json.dumps(here[0])}", f"name={json.dumps(here[2])}"]
+    return parse(data, experiment_type(), f"{text}/experiment.yaml", [*moved, *overrides])
 
 
 def check(experiment: Experiment, source: str) -> None:
@@ -238,11 +243,13 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(artifacts.exclusive(experiment.location))
         if redo is not None:
-            for name in _with_readers(experiment, redo):
-                listener.log(name, "deleting the earlier artifact (--redo)")
-                (experiment.location / name).delete()
+            affected = _with_readers(experiment, redo)
+            _refuse_drift([entry for entry in plan(experiment) if entry.name not in affected], experiment)
+            experiment.location.write_json(REDO, affected)
+        _delete_redone(experiment.location, listener)
         planned = plan(experiment)
         _refuse_drift(planned, experiment)
+        _find_weights(planned)
         if refresh is not None:
             _refuse_stale_readers(planned, experiment, refresh)
         experiment.location.write_bytes("experiment.yaml", dump(experiment).encode())
@@ -311,6 +318,24 @@ def run_stage(
     )
     artifacts.publish(entry.location, done)
     return Artifact(entry.location, done)
+
+
+def _delete_redone(location: Location, listener: Listener) -> None:
+    """Delete what ``--redo`` asked for, now or in a run that was stopped while it deleted."""
+    if not location.exists(REDO):
+        return
+    for name in location.read_json(REDO):
+        listener.log(name, "deleting the earlier artifact (--redo)")
+        (location / name).delete()
+    location.delete(REDO)
+
+
+def _find_weights(planned: Sequence[PlannedStage]) -> None:
+    """Raise UserError now, not in days, where a stage that will run lacks pretrained weights."""
+    for entry in planned:
+        if entry.state != "done" and entry.stage.weights is not None:
+            for name in entry.stage.weights(entry.config):
+                weights.find(name)
 
 
 def _with_readers(experiment: Experiment, name: str) -> list[str]:

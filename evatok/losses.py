@@ -37,6 +37,11 @@ class LossConfig(Config):
     alignment: float = Field(0.7, ge=0, description="lambda, weight of the alignment term (paper 3.1)")
     teacher: TeacherConfig = TeacherConfig()
 
+    @property
+    def pretrained(self) -> list[str]:
+        """The weights (``evatok.weights``) that the terms load."""
+        return [self.perceptual_kind] if self.perceptual and "lpips" in self.perceptual_kind else []
+
 
 class PerceptualLoss(nn.Module):
     """Perceptual distance of whole clips as a training term: LPIPS, or multi-scale DSSIM offline."""

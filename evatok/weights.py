@@ -1,7 +1,7 @@
 """The pretrained weights we use: where they come from, how they are checked, where they are found.
 
 Nothing here downloads behind the user's back: ``find`` only looks, and a missing file is an error that says
-how to get it. ``fetch`` is called by ``evatok weights fetch`` alone, never inside a worker.
+how to get it. ``fetch`` is called by ``evatok weights NAME`` alone, never inside a worker.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ def find(name: str) -> Path:
         if file.sha256 and not _digest(path, path.stat().st_mtime_ns).startswith(file.sha256):
             raise UserError(
                 f"{path} is damaged: its sha256 does not begin with {file.sha256[:16]}. Delete it and run"
-                f" `evatok weights fetch {name}`."
+                f" `evatok weights {name}`."
             )
         return path
     wanted = " or ".join(file.path for file in FILES[name])
     searched = "\n".join(f"  {folder}" for folder in folders())
     if any(file.url for file in FILES[name]):
-        remedy = f"Run `evatok weights fetch {name}` where there is a network"
+        remedy = f"Run `evatok weights {name}` where there is a network"
     else:
         remedy = f"Put the file there ({FILES[name][0].note})"
     raise UserError(

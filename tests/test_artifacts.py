@@ -1,5 +1,6 @@
 """Run folders: safe names, files that appear whole, curves across resumes, one driver at a time."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -217,3 +218,43 @@ def test_lease_of_a_dead_driver_lapses(short_lease):
     with exclusive(location):
         assert time.time() > until
         assert location.read_json("lease.json")["id"] != "dead"
+
+
+def test_lease_outlives_a_storage_that_fails_for_a_moment(short_lease, monkeypatch):
+    location = Location.parse(f"memory://{uuid.uuid4().hex}/run")
+    with exclusive(location):
+        first = location.read_json("lease.json")["until"]
+        failing = [OSError("503")]
+        write = Location.write_json
+
+        def once(self, name, value):
+            if failing:
+                raise failing.pop()
+            write(self, name, value)
+
+        monkeypatch.setattr(Location, "write_json", once)
+        time.sleep(0.7)
+        assert location.read_json("lease.json")["until"] > first
+
+
+def test_driver_that_lost_its_lease_stops_and_leaves_the_new_holders(short_lease):
+    location = Location.parse(f"memory://{uuid.uuid4().hex}/run")
+    other = {"id": "other", "holder": "process 1 on other", "until": time.time() + 60}
+
+    def work() -> None:
+        with exclusive(location):
+            location.write_json("lease.json", other)
+            time.sleep(5)
+
+    with pytest.raises(UserError, match="lost its hold"):
+        work()
+    assert location.read_json("lease.json") == other
+
+
+def test_waiting_for_a_run_keeps_no_files_open(tmp_path: Path, short_lease):
+    location = Location.parse(tmp_path)
+    with exclusive(location):
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(UserError), exclusive(location, patience=0.5):
+            pass
+        assert len(os.listdir("/proc/self/fd")) == before

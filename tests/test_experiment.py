@@ -128,6 +128,54 @@ def test_redo_remakes_the_stage_and_its_readers_from_nothing(make, toy_chain):
     assert [stage.metrics["attempts"] for stage in result.stages] == [1, 1, 1]
 
 
+def test_redo_deletes_nothing_when_another_stage_stops_the_run(make, toy_chain):
+    run(make(), Quiet())
+    with pytest.raises(UserError, match=r"index: seed: was 0, is 7"):
+        run(make(seed=7), Quiet(), redo="router")
+    assert states(make()) == ["done"] * 3
+
+
+def test_redo_that_was_stopped_while_it_deleted_is_ended_first(make, toy_chain, monkeypatch):
+    run(make(), Quiet())
+    toy_chain.ran.clear()
+
+    def stopped(self, name=""):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evatok.artifacts.Location.delete", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(make(), Quiet(), redo="router")
+    result = run(make(), Quiet())
+    assert toy_chain.ran == ["router", "evaluate"]
+    assert [stage.metrics["attempts"] for stage in result.stages] == [1, 1, 1]
+
+
+def test_run_that_was_moved_is_opened_where_it_is(make, toy_chain, tmp_path):
+    run(make(), Quiet())
+    moved = tmp_path / "elsewhere" / "1"
+    moved.parent.mkdir()
+    make().location.local().rename(moved)
+    experiment = open_experiment(moved)
+    assert experiment.location.local() == moved
+    assert states(experiment) == ["done"] * 3
+    assert open_experiment(moved, ["name=other"]).location.local() == moved.with_name("other")
+
+
+def test_weights_that_a_later_stage_lacks_stop_the_run_before_it_starts(
+    make, toy_chain, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("EVATOK_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    last = make().stages[-1]
+    needy = SimpleNamespace(STAGE=replace(last, weights=lambda config: ["i3d"]))
+    monkeypatch.setitem(sys.modules, f"evatok.stages.{last.name}", needy)
+    with pytest.raises(UserError, match="weights i3d"):
+        run(make(), Quiet())
+    assert toy_chain.ran == []
+
+
 def test_refreshed_stage_runs_in_its_folder_until_others_have_read_it(make, toy_chain):
     run(make(), Quiet(), until="index")
     result = run(make(), Quiet(), until="index", refresh="index")

@@ -10,7 +10,10 @@ from torch import Tensor
 from evatok.assignment.space import AssignmentSpace, hashed
 from evatok.errors import UserError
 
-HIGHER_IS_BETTER = {"lpips": False, "mse": False, "dssim": False, "psnr": True, "ssim": True}
+HIGHER_IS_BETTER = {
+    **dict.fromkeys(("lpips", "lpips-vgg", "lpips-squeeze", "mse", "dssim"), False),
+    **dict.fromkeys(("psnr", "ssim"), True),
+}
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Codec:
 
     @classmethod
     def open(cls, args: argparse.Namespace, console: Console) -> Codec:
-        experiment = open_experiment(args.experiment)
+        experiment = open_experiment(args.experiment, args.overrides)
         console.run = experiment.location
         location = experiment.location / "tokenizer"
         if not location.exists("model"):

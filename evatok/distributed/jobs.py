@@ -7,6 +7,7 @@ runs once and dies with its cluster; submitted again it goes on, because the run
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from evatok.errors import UserError
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _STARTING_SECONDS = 120.0
 _RUN = "evatok_run"  # in a job's metadata: the run that it works on
+_TASK = "evatok_task"  # and a digest of its config and options
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,26 @@ def submit(
     """Start ``evatok run`` on the cluster whose job server is at ``address``; with ``follow`` show its log.
 
     ``experiment``: the merged experiment as YAML; ``run``: its folder's URI; ``options``: more words for
-    ``evatok run``. When a job is working on this run already, that one is followed and none is started.
-    Raises UserError when no server answers or it refuses the token, and when the job ended with exit code 2;
-    RuntimeError when it failed otherwise.
+    ``evatok run``. When a job is doing the same already, that one is followed and none is started.
+    Raises UserError when no server answers or it refuses the token, when a job works on this run with another
+    config or other options, and when the job ended with exit code 2; RuntimeError when it failed otherwise.
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     client = _client(address)
-    job = _working_on(client, run)
-    if job is not None:
-        log(f"job {job} is working on {run} already")
-    else:
-        job = _start(client, experiment, name, run, options)
+    task = hashlib.sha256("\0".join([experiment, *options]).encode()).hexdigest()[:16]
+    found = _working_on(client, run)
+    if found is None:
+        job = _start(client, experiment, name, options, {_RUN: run, _TASK: task})
         log(f"job {job} started; its run: {run}")
+    else:
+        job, its_task = found
+        if its_task != task:
+            raise UserError(
+                f"job {job} is working on {run} with another config or other options. Stop it first"
+                f" (ray job stop {job} --address {address}), or give this experiment another name"
+                " (--set name=...)."
+            )
+        log(f"job {job} is working on {run} already")
     log(f"log: ray job logs --follow {job} --address {address}")
     log(f"stop: ray job stop {job} --address {address}")
     if not follow:
@@ -95,15 +105,23 @@ def _client(address: str) -> JobSubmissionClient:
     return client
 
 
-def _working_on(client: JobSubmissionClient, run: str) -> str | None:
+def _working_on(client: JobSubmissionClient, run: str) -> tuple[str, str] | None:
+    """The job that works on ``run``, and what it was told to do."""
     jobs: list[JobDetails] = client.list_jobs()
     for job in jobs:
-        if (job.metadata or {}).get(_RUN) == run and not job.status.is_terminal():
-            return str(job.submission_id)
+        metadata = job.metadata or {}
+        if metadata.get(_RUN) == run and not job.status.is_terminal():
+            return str(job.submission_id), metadata.get(_TASK, "")
     return None
 
 
-def _start(client: JobSubmissionClient, experiment: str, name: str, run: str, options: Sequence[str]) -> str:
+def _start(
+    client: JobSubmissionClient,
+    experiment: str,
+    name: str,
+    options: Sequence[str],
+    metadata: dict[str, str],
+) -> str:
     with tempfile.TemporaryDirectory(prefix="evatok-job-") as folder:
         package = Path(__file__).parents[1]
         shutil.copytree(package, Path(folder) / package.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -118,7 +136,7 @@ def _start(client: JobSubmissionClient, experiment: str, name: str, run: str, op
                         ),
                         submission_id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                         runtime_env={"working_dir": folder},
-                        metadata={_RUN: run},
+                        metadata=metadata,
                     )
                 )
             except RuntimeError as error:  # a head node that has just started answers before it takes jobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -13,6 +14,8 @@ from evatok import weights
 from evatok.metrics.pixels import Dssim, Mse, Psnr, QualityMetric, Reference, Ssim
 
 Network = Literal["alex", "squeeze", "vgg"]
+NETWORKS: dict[str, Network] = {"lpips": "alex", "lpips-vgg": "vgg", "lpips-squeeze": "squeeze"}
+"""LPIPS under the names that it has as a quality metric; AlexNet is the package's own default."""
 _PIXELS_AT_ONCE = 64 * 128 * 128
 
 
@@ -22,7 +25,7 @@ class Lpips(QualityMetric):
     The trunk's ImageNet weights are found by ``evatok.weights``; the linear layers come with the package.
     """
 
-    name, higher_is_better = "lpips", False
+    higher_is_better = False
 
     def __init__(self, network: Network, trunk: dict[str, Tensor] | None = None) -> None:
         """``trunk``: torchvision's ``features.N.*`` entries; None finds them by ``evatok.weights``.
@@ -32,6 +35,7 @@ class Lpips(QualityMetric):
         import lpips  # its import takes seconds (torchvision)
 
         super().__init__()
+        self.name = next(name for name, known in NETWORKS.items() if known == network)
         trunk = _load_trunk(network) if trunk is None else trunk
         with warnings.catch_warnings():  # the package calls torchvision the way of long ago
             warnings.simplefilter("ignore")
@@ -72,17 +76,23 @@ class Lpips(QualityMetric):
         return [x.unflatten(0, frames.shape[:2]) for x in unit]
 
 
-def load_quality(name: str, network: Network = "alex") -> QualityMetric:
-    """The quality metric ``name``: lpips (with its ``network``), psnr, mse, ssim or dssim.
+def load_quality(name: str) -> QualityMetric:
+    """The quality metric ``name``: psnr, mse, ssim, dssim or one of NETWORKS.
 
     Raises UserError for LPIPS without weights, ValueError for another name.
     """
-    if name == "lpips":
-        return Lpips(network)
+    if name in NETWORKS:
+        return Lpips(NETWORKS[name])
     pixels: dict[str, type[QualityMetric]] = {"psnr": Psnr, "mse": Mse, "ssim": Ssim, "dssim": Dssim}
     if name not in pixels:
-        raise ValueError(f"no quality metric is called {name!r}; there are lpips, {', '.join(pixels)}")
+        known = ", ".join([*NETWORKS, *pixels])
+        raise ValueError(f"no quality metric is called {name!r}; there are {known}")
     return pixels[name]()
+
+
+def pretrained(names: Iterable[str]) -> list[str]:
+    """The weights (``evatok.weights``) that these quality metrics load."""
+    return [f"lpips-{NETWORKS[name]}" for name in names if name in NETWORKS]
 
 
 def _split(clips: Tensor) -> tuple[Tensor, ...]:

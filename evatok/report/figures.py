@@ -11,7 +11,9 @@ import numpy as np
 from evatok.report.svg import MARKERS, Plot, Point, Scale, number
 
 METRICS: dict[str, tuple[str, bool]] = {  # name: (how people write it, higher is better)
-    "lpips": ("LPIPS", False),
+    "lpips": ("LPIPS (AlexNet)", False),
+    "lpips-vgg": ("LPIPS (VGG)", False),
+    "lpips-squeeze": ("LPIPS (SqueezeNet)", False),
     "dssim": ("DSSIM", False),
     "mse": ("MSE", False),
     "psnr": ("PSNR, dB", True),

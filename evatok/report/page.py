@@ -211,7 +211,7 @@ def _savings(summary: Mapping[str, Any] | None) -> Figures:
 def _strips(evaluated: Location, choices: Sequence[int]) -> dict[str, Any] | None:
     """Policies side by side on the same clips: data URIs of the videos and the assignment of each."""
     samples = _json(evaluated, "samples.json")
-    if not samples:
+    if not samples or not samples["clips"]:
         return None
     clips = []
     for clip in samples["clips"]:

@@ -25,7 +25,7 @@ from evatok.assignment.space import AssignmentSpace
 from evatok.assignment.table import RewardRows, RewardTable, side_by_side, to_table
 from evatok.config import OPERATIONAL, Config
 from evatok.errors import UserError
-from evatok.metrics.perceptual import load_quality
+from evatok.metrics.perceptual import load_quality, pretrained
 from evatok.metrics.pixels import QualityMetric
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.stages.fanning import decode_rows, fan_out_models, write_rejected
@@ -36,7 +36,7 @@ from evatok.video.index import ClipIndex
 if TYPE_CHECKING:
     from evatok.distributed.fanout import Progress, ShardOutput
 
-Quality = Literal["lpips", "psnr", "mse", "ssim", "dssim"]
+Quality = Literal["lpips", "lpips-vgg", "lpips-squeeze", "psnr", "mse", "ssim", "dssim"]
 
 
 class CurateClips(Config):
@@ -62,7 +62,7 @@ class RewardConfig(Config):
 class CurateConfig(Config):
     clips: CurateClips = CurateClips()
     metrics: tuple[Quality, ...] = Field(
-        default=("lpips", "psnr", "mse"), min_length=1, description="recorded (3.2)"
+        default=("lpips", "psnr", "mse"), min_length=1, description="recorded (3.2); lpips is AlexNet's"
     )
     reward: Annotated[RewardConfig, OPERATIONAL] = RewardConfig()
     clips_per_task: Annotated[int, OPERATIONAL] = Field(
@@ -352,5 +352,6 @@ STAGE = Stage(
     inputs=("index", "proxy"),
     outputs=("table/", "statistics.json", "rejected.parquet"),
     check=_check,
+    weights=lambda config: pretrained(config.metrics),
     describe=_describe,
 )

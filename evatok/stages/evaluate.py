@@ -24,7 +24,7 @@ from torch import Tensor
 
 from evatok import weights
 from evatok.artifacts import Location, read_manifest
-from evatok.assignment.policies import BasePolicy, Evidence, Policy, Sources, default_policies
+from evatok.assignment.policies import BasePolicy, Evidence, Policy, Sources, UniformPolicy, default_policies
 from evatok.assignment.reward import HIGHER_IS_BETTER, RewardWeights, reward
 from evatok.assignment.table import RewardRows, RewardTable
 from evatok.config import OPERATIONAL, Config
@@ -47,7 +47,11 @@ CLIPS_PER_TASK = 4  # fixed: how clips are batched decides the last digits, so i
 
 
 class EvaluateConfig(Config):
-    policies: tuple[Policy, ...] = Field((), description="what is compared; empty compares all that can run")
+    policies: tuple[Policy, ...] = Field(
+        (),
+        description="what is compared, with `uniform`, which the others are measured against, in any case;"
+        " empty: all that can run",
+    )
     samples: int = Field(6, ge=0, description="clips shown under the policies side by side")
     sample_policies: tuple[str, ...] = Field(
         ("uniform", "static", "router", "oracle"), description="policies shown on the samples"
@@ -83,8 +87,7 @@ def run(context: StageContext) -> dict[str, Any]:
     for policy, distances in compare_features(context, judge, known, points).items():
         summary["policies"][policy] |= distances
     location.write_json("summary.json", summary)
-    if context.config.samples:
-        film(context, judge, known, points, rewards)
+    film(context, judge, known, points, rewards)
     return headlines(summary)
 
 
@@ -136,7 +139,7 @@ def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
         tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
         metrics=tuple(load_quality(name) for name in dict.fromkeys((reward_config.quality, *table.metrics))),
         sources=sources,
-        settings=tuple(swept(config.policies or default_policies(sources), sources)),
+        settings=tuple(swept(compared(config, sources), sources)),
         features=I3D(weights.find("i3d")) if config.frechet else None,
         device="cuda" if context.resources.use_gpu else "cpu",
     )
@@ -156,11 +159,20 @@ def score(context: StageContext, judge: Judge, known: RewardRows) -> tuple[dict[
     return quality, to_evidence(context.location.read_table("table"))
 
 
+def compared(config: EvaluateConfig, sources: Sources) -> list[BasePolicy]:
+    """The policies that the config names, or all; always with ``uniform``."""
+    policies: list[BasePolicy] = list(config.policies or default_policies(sources))
+    if all(policy.kind != "uniform" for policy in policies):
+        policies.insert(0, UniformPolicy(count=sources.space.choices[-1]))
+    return policies
+
+
 def swept(policies: Sequence[BasePolicy], sources: Sources) -> list[Setting]:
     """Every policy along its knob, and at its own value of it."""
     found = []
     kinds = [policy.kind for policy in policies]
     for policy in policies:
+        policy = policy.settled(sources)
         name = policy.kind if kinds.count(policy.kind) == 1 else long_name(policy)
         values = dict.fromkeys([*policy.sweep(sources), policy])
         found += [Setting(name, value, headline=value == policy) for value in values]
@@ -280,17 +292,17 @@ def film(
         point
         for name in config.sample_policies
         for point in points
-        if point.headline and point.policy == name
+        if point.headline and point.policy.split("-")[0] == name
     ]
+    wanted = min(config.samples, len(known)) if shown else 0
     order = judge.sources.space.totals()[rewards.argmax(1)].argsort(stable=True).numpy()
-    chosen = order[
-        np.unique(np.linspace(0, len(order) - 1, min(config.samples, len(order))).round().astype(int))
-    ]
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, wanted).round().astype(int))]
     shards = [
         Shard(f"{i:04d}.parquet", 1, (known.row[clip].item(), [point.assignment[clip] for point in shown]))
         for i, clip in enumerate(chosen)
     ]
-    fan_out_over(context, shards, film_clip, "films", judge, "samples")
+    if shards:
+        fan_out_over(context, shards, film_clip, "films", judge, "samples")
     metric = judge.metrics[0].name
     rows = judge.index.take(known.row[chosen].numpy()).to_pylist()
     clips = []
@@ -347,5 +359,6 @@ STAGE = Stage(
     run=run,
     inputs=("index", "proxy", "curate", "router", "tokenizer"),
     reads=("curate.reward",),
-    outputs=("clips.parquet", "policies.json", "summary.json", "samples.json", "samples/", "table/"),
+    outputs=("clips.parquet", "policies.json", "summary.json", "samples.json", "table/"),
+    weights=lambda config: ["i3d"] if config.frechet else [],
 )

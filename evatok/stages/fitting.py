@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from evatok.errors import UserError
 from evatok.stages.stage import StageContext
 from evatok.training.loop import TrainConfig
 from evatok.training.tasks import Task
@@ -29,30 +30,37 @@ def fit_on_clips(
     """Train ``task`` on ``clips`` cut as ``form`` says; leaves ``model/`` and ``curves/``.
 
     At most ``shown`` clips of ``held_out``, cut from the centre, are evaluated as often as ``config`` says.
-    Returns the last headline metrics.
+    Returns the last headline metrics. UserError where there is no clip to train on.
     """
     from evatok.distributed.stream import clip_stream
 
+    if not len(clips):
+        raise UserError(
+            f"{context.stage}: {clips.location.uri} has no clip of the split train; give more videos, or keep"
+            " fewer for tests (index.test_fraction)"
+        )
     resources = context.resources
     workers = max(1, resources.workers)
     shown = min(shown, len(held_out)) // workers * workers
     place = resources.groups.selector("decode")
     whole = form.model_copy(update={"crop": "center", "flip": False})
-    evaluation = partial(
-        clip_stream,
-        held_out,
-        held_out.order(0),
-        whole,
-        seed=0,
-        start=0,
-        count=shown,
-        rows_per_block=1,
-        label_selector=place,
-    )
+    evaluation = None
+    if shown and config.eval_every:
+        evaluation = partial(
+            clip_stream,
+            held_out,
+            held_out.order(0),
+            whole,
+            seed=0,
+            start=0,
+            count=shown,
+            rows_per_block=1,
+            label_selector=place,
+        )
     stream = partial(
         clip_stream, clips, clips.order(context.seed), form, seed=context.seed, label_selector=place
     )
-    return fit_stage(context, task, config, stream, evaluation if shown and config.eval_every else None)
+    return fit_stage(context, task, config, stream, evaluation)
 
 
 def fit_stage(

@@ -112,6 +112,11 @@ def run(context: StageContext) -> dict[str, Any]:
     """Generate in Ray tasks, measure; returns the headline metrics."""
     config: GenerateConfig = context.config
     producer = assemble(context)
+    if producer.condition is not None and len(producer.condition) < config.clips:
+        context.log(
+            f"{len(producer.condition)} conditions for {config.clips} clips: each is continued several times;"
+            " raise tokens.held_out"
+        )
     done = _fan_out(context, producer, produce, "table", np.arange(config.clips))
     table = context.location.read_table("table")
     metrics: dict[str, Any] = {
@@ -279,4 +284,5 @@ STAGE = Stage(
     inputs=("index", "tokenizer", "tokens", "generator"),
     outputs=("table/", "samples.json"),
     check=_check,
+    weights=lambda config: ["i3d"] if config.frechet else [],
 )

@@ -33,5 +33,6 @@ STAGE = Stage(
     inputs=("index",),
     outputs=("model/", "curves/"),
     check=_check,
+    weights=lambda config: config.losses.pretrained,
     describe=describe_tokenizer,
 )

@@ -30,5 +30,6 @@ def policy_sources(inputs: Mapping[str, Artifact], reward: RewardConfig) -> Sour
         metric=load_quality(reward.quality),
         statistics=load_statistics(curated, reward.quality),
         router=Router.from_artifact(inputs["router"].location) if "router" in inputs else None,
+        w_q=reward.w_q,
         training_quality=(total / len(table)).float(),
     )

@@ -111,6 +111,7 @@ class Stage:
     ``version``: raise it when the code changes what the same config makes.
     ``check``: called with (config, experiment) before anything starts; yields (dotted key, what is wrong and
     what is allowed) for everything that a single field's type cannot say.
+    ``weights``: called with its config; names of the pretrained weights that it loads (``evatok.weights``).
     ``describe``: called with (config, experiment); what ``evatok plan`` shows.
     """
 
@@ -122,6 +123,7 @@ class Stage:
     outputs: tuple[str, ...] = ()
     version: int = 1
     check: Callable[[Any, Any], Iterable[tuple[str, str]]] | None = None
+    weights: Callable[[Any], Iterable[str]] | None = None
     describe: Callable[[Any, Any], Description] | None = None
 
     def needs(self, config: Any) -> tuple[str, ...]:

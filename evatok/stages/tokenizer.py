@@ -70,5 +70,6 @@ STAGE = Stage(
     reads=("curate.reward",),
     outputs=("model/", "curves/"),
     check=_check,
+    weights=lambda config: config.losses.pretrained,
     describe=describe_tokenizer,
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from evatok.assignment.policies import Policy, RouterPolicy, Sources, gather
 from evatok.config import OPERATIONAL, Config
+from evatok.errors import UserError
 from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.models.tokens import Tokens
@@ -108,6 +109,11 @@ class Encoder:
         outside[inside.start : inside.stop] = False
         masked = {key: scores.masked_fill(outside, -torch.inf) for key, scores in evidence.scores.items()}
         assignment = policy.assign(replace(evidence, scores=masked), self.sources).clone()
+        if masked and (assignment[:, : len(condition)] != torch.tensor(condition)).any():
+            raise UserError(
+                f"tokens.policy {policy.kind}: no assignment that begins with {list(condition)} is allowed by"
+                " its settings"
+            )
         assignment[:, : len(condition)] = torch.tensor(condition)
         return assignment
 
@@ -237,6 +243,12 @@ def _check(config: TokensConfig, experiment: Any) -> Iterator[tuple[str, str]]:
     if not config.condition:
         return
     given, depth = len(config.condition), tokenizer.patch[0]
+    if config.policy.reads_losses:
+        yield (
+            "tokens.policy",
+            f"{config.policy.kind} measures whole clips, and here the first blocks' tokens are given: take"
+            " router, budgeted, difference, static, random or uniform",
+        )
     if not tokenizer.causal:
         yield "tokens.condition", "frames are given one block at a time, which needs tokenizer.model.causal"
     if unknown := [count for count in config.condition if count not in tokenizer.choices]:

@@ -87,7 +87,9 @@ def test_job_that_already_works_on_the_run_is_found():
     from ray.job_submission import JobStatus
 
     def job(name, run, status):
-        return SimpleNamespace(submission_id=name, metadata={"evatok_run": run}, status=status)
+        return SimpleNamespace(
+            submission_id=name, metadata={"evatok_run": run, "evatok_task": "t"}, status=status
+        )
 
     jobs = [
         job("a", "x", JobStatus.FAILED),
@@ -95,5 +97,13 @@ def test_job_that_already_works_on_the_run_is_found():
         job("c", "x", JobStatus.PENDING),
     ]
     client = SimpleNamespace(list_jobs=lambda: jobs)
-    assert _working_on(client, "x") == "c"
+    assert _working_on(client, "x") == ("c", "t")
     assert _working_on(client, "z") is None
+
+
+def test_running_job_is_not_taken_for_one_with_other_options(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("evatok.distributed.jobs._client", lambda address: None)
+    monkeypatch.setattr("evatok.distributed.jobs._working_on", lambda client, run: ("job-1", "another task"))
+    words = ["submit", "experiments/tiny.yaml", "--set", f"storage={tmp_path}", "--redo", "router"]
+    assert main(words) == 2
+    assert "ray job stop job-1" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
 
@@ -261,3 +262,26 @@ def test_one_worker_and_several_agree_to_the_last_digit(ray_cluster, inputs, tmp
         found.append(where.location)
     for name in ("summary.json", "policies.json", "samples.json", "clips.parquet"):
         assert found[0].read_bytes(name) == found[1].read_bytes(name)
+
+
+def test_policies_weigh_as_the_runs_rewards_do(in_process, inputs, tmp_path):
+    where = context(inputs, tmp_path)
+    dear = CURATE.model_copy(update={"reward": CURATE.reward.model_copy(update={"w_q": 0.5})})
+    with in_process():
+        run(replace(where, experiment=SimpleNamespace(curate=dear)))
+    summary = where.location.read_json("summary.json")
+    assert summary["policies"]["oracle"]["reward_percentile"] == pytest.approx(100)
+    assert {row["knob"] for row in rows_of(where.location, policy="static", headline=True)} == {0.5}
+
+
+def test_uniform_is_measured_beside_whatever_is_compared_and_no_sample_needs_a_film(
+    in_process, inputs, tmp_path
+):
+    chosen = ({"kind": "static"}, {"kind": "router"})
+    where = context(inputs, tmp_path, policies=chosen)
+    with in_process():
+        run(replace(where, config=where.config.model_copy(update={"samples": 0})))
+    summary = where.location.read_json("summary.json")
+    assert set(summary["policies"]) == {"uniform", "static", "router"}
+    assert "best_uniform" in summary["headline"]
+    assert where.location.read_json("samples.json")["clips"] == []

@@ -145,6 +145,7 @@ def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, mon
         ({"condition": [3], "given_frames": 4}, "tokens.condition"),
         ({"condition": [4, 4, 4], "given_frames": 9}, "tokens.condition"),
         ({"condition": [4, 1], "given_frames": 4}, "tokens.given_frames"),
+        ({"condition": [4], "given_frames": 3, "policy": {"kind": "oracle"}}, "tokens.policy"),
     ],
 )
 def test_settings_that_do_not_fit_the_tokenizer_are_named_before_anything_runs(config, key):

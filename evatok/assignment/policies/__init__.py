@@ -38,8 +38,6 @@ def default_policies(sources: Sources) -> list[BasePolicy]:
     """Every policy that the sources allow, at the setting it is quoted at."""
     space = sources.space
     mean_tokens, _ = length_statistics(space)
-    conditioned = sources.router is not None and sources.router.config.conditioned
-    w_q = 1.2 if conditioned else None
     policies: list[BasePolicy] = [
         UniformPolicy(count=space.choices[max(0, len(space.choices) - 2)]),
         StaticPolicy(),
@@ -49,13 +47,13 @@ def default_policies(sources: Sources) -> list[BasePolicy]:
         IlpPolicy(budget=mean_tokens),
         InformationPolicy(rate=0.5),
         DifferencePolicy(rate=0.5),
-        RouterPolicy(w_q=w_q),
-        BudgetedPolicy(budget=mean_tokens, w_q=w_q),
+        RouterPolicy(),
+        BudgetedPolicy(budget=mean_tokens),
     ]
     if sources.statistics is not None:
         limit = float(f"{sources.statistics.quality_mean:.6g}")
         policies += [ThresholdPolicy(limit=limit), RecurrentPolicy(limit=limit)]
-    return [policy for policy in policies if not policy.missing(sources)]
+    return [policy.settled(sources) for policy in policies if not policy.missing(sources)]
 
 
 __all__ = [

@@ -12,8 +12,8 @@ from pydantic import Field
 from scipy.optimize import brentq
 from torch import Tensor
 
-from evatok.assignment.policies.policy import WEIGHTS, BasePolicy, Evidence, Sources
-from evatok.assignment.reward import RewardWeights, reward
+from evatok.assignment.policies.policy import BasePolicy, Evidence, Sources, WeightedPolicy
+from evatok.assignment.reward import reward
 from evatok.assignment.space import AssignmentSpace, hashed
 from evatok.errors import UserError
 
@@ -39,18 +39,13 @@ class UniformPolicy(BasePolicy):
         return [UniformPolicy(count=count) for count in sources.space.choices]
 
 
-class StaticPolicy(BasePolicy):
+class StaticPolicy(WeightedPolicy):
     """The one assignment with the highest mean reward over the training rows of the reward table.
 
     It tells content adaptivity from mere front-loading.
     """
 
     kind: Literal["static"] = "static"
-    w_q: float = Field(1.2, ge=0, le=2, description="reward weight of quality")
-
-    @property
-    def knob(self) -> str:
-        return "w_q"
 
     def missing(self, sources: Sources) -> list[str]:
         return ["training table"] * (sources.training_quality is None or sources.statistics is None)
@@ -65,13 +60,10 @@ class StaticPolicy(BasePolicy):
             sources.training_quality,
             sources.space.totals(),
             sources.metric.name,
-            RewardWeights(self.w_q),
+            self.weights(sources),
             sources.statistics,
         )
         return sources.space.assignment(rewards.argmax()).expand(len(evidence.positions), -1).clone()
-
-    def sweep(self, sources: Sources) -> list[BasePolicy]:
-        return [StaticPolicy(w_q=w_q) for w_q in WEIGHTS]
 
 
 class RandomPolicy(BasePolicy):

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from evatok.assignment.policies.policy import WEIGHTS, BasePolicy, Evidence, Sources
-from evatok.assignment.reward import RewardStatistics, RewardWeights, block_loss, reward
+from evatok.assignment.policies.policy import BasePolicy, Evidence, Sources, WeightedPolicy
+from evatok.assignment.reward import RewardStatistics, block_loss, reward
 from evatok.assignment.search.bounded import grow_to_best
 from evatok.assignment.search.tree import Nodes, PrefixTree, leaf_losses
 from evatok.errors import UserError
@@ -35,14 +35,8 @@ class MeasuringPolicy(BasePolicy):
         return sources.metric.name
 
 
-class RewardPolicy(MeasuringPolicy):
+class RewardPolicy(MeasuringPolicy, WeightedPolicy):
     """Policies that weigh the measured quality against tokens."""
-
-    w_q: float = Field(1.2, ge=0, le=2, description="reward weight of quality")
-
-    @property
-    def knob(self) -> str:
-        return "w_q"
 
     def missing(self, sources: Sources) -> list[str]:
         return super().missing(sources) + ["statistics"] * (sources.statistics is None)
@@ -57,11 +51,8 @@ class RewardPolicy(MeasuringPolicy):
         """Float64 [B, size]; minus infinity where a node was not measured."""
         metric, statistics = self.metric(sources), self.statistics(sources)
         quality = evidence.quality(metric)
-        rewards = reward(quality, sources.space.totals(), metric, RewardWeights(self.w_q), statistics)
+        rewards = reward(quality, sources.space.totals(), metric, self.weights(sources), statistics)
         return rewards.nan_to_num(nan=-torch.inf)
-
-    def sweep(self, sources: Sources) -> list[BasePolicy]:
-        return [self.model_copy(update={"w_q": w_q}) for w_q in WEIGHTS]
 
 
 class OraclePolicy(RewardPolicy):
@@ -71,7 +62,7 @@ class OraclePolicy(RewardPolicy):
     oracle: ClassVar[bool] = True
 
     def measure(self, tree: PrefixTree, sources: Sources) -> None:
-        grow_to_best(tree, self.metric(sources), RewardWeights(self.w_q), self.statistics(sources))
+        grow_to_best(tree, self.metric(sources), self.weights(sources), self.statistics(sources))
 
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
         return sources.space.assignment(self.rewards(evidence, sources).argmax(1))

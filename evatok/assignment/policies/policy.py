@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from evatok.assignment.reward import RewardStatistics, clip_quality
+from evatok.assignment.reward import RewardStatistics, RewardWeights, clip_quality
 from evatok.assignment.search.tree import MEMORY, PrefixTree, leaf_losses
 from evatok.assignment.space import AssignmentSpace
 from evatok.config import Config
 from evatok.errors import UserError
 from evatok.metrics.pixels import QualityMetric
-from evatok.models.router import NEUTRAL_WEIGHT, Router
+from evatok.models.router import Router
 from evatok.models.tokenizer import VideoTokenizer
 
 WEIGHTS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
@@ -27,7 +28,8 @@ class Sources:
     """What policies draw on; a policy needs only some of it and says what is missing.
 
     statistics: of ``metric``. training_quality: float [size], the mean quality of every assignment over the
-    training rows of the reward table. Networks and metric lie on the device of the clips.
+    training rows of the reward table. w_q: weight of quality in the run's rewards. Networks and metric lie on
+    the device of the clips.
     """
 
     space: AssignmentSpace
@@ -36,6 +38,7 @@ class Sources:
     statistics: RewardStatistics | None = None
     router: Router | None = None
     training_quality: Tensor | None = None
+    w_q: float = 1.2
     memory: int = MEMORY
 
     def to(self, device: torch.device | str) -> Sources:
@@ -52,7 +55,7 @@ class Evidence:
 
     positions: int64 [B], global sample positions. losses: per depth t float64 [B, m ** (t + 1)], the block
     loss of every node of the prefix tree, NaN where it was not measured. scores: router log-probabilities
-    [B, size] by the w_q they were asked at, None for the router's own. change: float [B, T].
+    [B, size] by the w_q they were asked at, None for the run's own. change: float [B, T].
     """
 
     positions: Tensor
@@ -116,6 +119,10 @@ class BasePolicy(Config):
         """This policy along its knob, from few tokens to many."""
         raise NotImplementedError
 
+    def settled(self, sources: Sources) -> BasePolicy:
+        """This policy with the run's own value for what it leaves open."""
+        return self
+
     def score_weights(self, sources: Sources) -> tuple[float | None, ...]:
         """The w_q at which this policy asks the router."""
         return ()
@@ -152,6 +159,26 @@ class BasePolicy(Config):
             return self.assign(self.observe(clips, positions, sources), sources)
 
         return assign
+
+
+class WeightedPolicy(BasePolicy):
+    """Policies that weigh quality against tokens as the reward does."""
+
+    w_q: float | None = Field(None, ge=0, le=2, description="reward weight of quality; none: the run's")
+
+    @property
+    def knob(self) -> str:
+        return "w_q"
+
+    def weights(self, sources: Sources) -> RewardWeights:
+        """What the reward is weighed by."""
+        return RewardWeights(sources.w_q if self.w_q is None else self.w_q)
+
+    def settled(self, sources: Sources) -> BasePolicy:
+        return self if self.w_q is not None else self.model_copy(update={"w_q": sources.w_q})
+
+    def sweep(self, sources: Sources) -> list[BasePolicy]:
+        return [self.model_copy(update={"w_q": w_q}) for w_q in WEIGHTS]
 
 
 _REMEDY = {
@@ -194,16 +221,17 @@ def _gather(
     return Evidence(
         positions=positions.cpu(),
         losses=losses,
-        scores={w: _router_scores(sources.router, clips, w) for w in weights},
+        scores={w: _router_scores(sources, clips, w) for w in weights},
         change=change,
     )
 
 
-def _router_scores(router: Router | None, clips: Tensor, w_q: float | None) -> Tensor:
+def _router_scores(sources: Sources, clips: Tensor, w_q: float | None) -> Tensor:
+    router = sources.router
     assert router is not None
     if not router.config.conditioned:
         return router(clips).cpu()  # type: ignore[no-any-return]
-    asked = NEUTRAL_WEIGHT if w_q is None else w_q
+    asked = sources.w_q if w_q is None else w_q
     return router(clips, torch.full((len(clips),), asked, device=clips.device)).cpu()  # type: ignore[no-any-return]
 
 

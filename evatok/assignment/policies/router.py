@@ -24,7 +24,7 @@ class RouterPolicy(BasePolicy):
 
     kind: Literal["router"] = "router"
     w_q: float | None = Field(
-        None, ge=0, le=2, description="reward weight of quality, for a conditioned router (None: 1.2)"
+        None, ge=0, le=2, description="reward weight of quality, for a conditioned router; none: the run's"
     )
     price: float = Field(0.0, description="log-probability that one standard deviation of length costs")
 
@@ -35,6 +35,9 @@ class RouterPolicy(BasePolicy):
     def score_weights(self, sources: Sources) -> tuple[float | None, ...]:
         return (self.w_q,)
 
+    def settled(self, sources: Sources) -> BasePolicy:
+        return _settled(self, sources)
+
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
         scores = evidence.scores[self.w_q]
         totals = sources.space.totals().double()
@@ -42,7 +45,7 @@ class RouterPolicy(BasePolicy):
         return sources.space.assignment(scores.argmax(1))
 
     def sweep(self, sources: Sources) -> list[BasePolicy]:
-        if sources.router is not None and sources.router.config.conditioned:
+        if _conditioned(sources):
             return [self.model_copy(update={"w_q": w_q}) for w_q in WEIGHTS]
         return [self.model_copy(update={"price": price}) for price in _PRICES]
 
@@ -62,6 +65,9 @@ class BudgetedPolicy(BasePolicy):
     def score_weights(self, sources: Sources) -> tuple[float | None, ...]:
         return (self.w_q,)
 
+    def settled(self, sources: Sources) -> BasePolicy:
+        return _settled(self, sources)
+
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
         scores, space = evidence.scores[self.w_q], sources.space
         if self.scope == "clip":
@@ -73,6 +79,16 @@ class BudgetedPolicy(BasePolicy):
 
     def sweep(self, sources: Sources) -> list[BasePolicy]:
         return [self.model_copy(update={"budget": budget}) for budget in budgets(sources.space)]
+
+
+def _conditioned(sources: Sources) -> bool:
+    return sources.router is not None and sources.router.config.conditioned
+
+
+def _settled(policy: RouterPolicy | BudgetedPolicy, sources: Sources) -> BasePolicy:
+    if policy.w_q is None and _conditioned(sources):
+        return policy.model_copy(update={"w_q": sources.w_q})
+    return policy
 
 
 def _best_of_each_length(scores: Tensor, space: AssignmentSpace) -> tuple[Tensor, Tensor, Tensor]:

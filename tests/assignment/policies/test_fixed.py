@@ -32,6 +32,16 @@ def test_static_has_the_highest_mean_reward_on_the_training_table() -> None:
     assert SPACE.index(assigned).tolist() == [int(rewards.argmax())] * 3
 
 
+def test_a_weight_left_open_is_that_of_the_run() -> None:
+    table = torch.rand(10, SPACE.size)
+    statistics = RewardStatistics.measure([table], SPACE)
+    known = {"metric": load_quality("mse"), "statistics": statistics, "training_quality": table.mean(0)}
+    run = Sources(SPACE, w_q=2.0, **known)
+    assert torch.equal(StaticPolicy().bind(run)(CLIPS), StaticPolicy(w_q=2.0).bind(run)(CLIPS))
+    assert not torch.equal(StaticPolicy().bind(run)(CLIPS), StaticPolicy(w_q=1.2).bind(run)(CLIPS))
+    assert StaticPolicy().settled(run) == StaticPolicy(w_q=2.0)
+
+
 def test_static_says_what_it_lacks() -> None:
     with pytest.raises(UserError, match="training table"):
         StaticPolicy().bind(Sources(SPACE))
