@@ -61,14 +61,20 @@ class Requests:
 
     @classmethod
     def predicting(
-        cls, config: GeneratorConfig, condition: Tensor, seeds: Tensor, budget: int | None = None
+        cls,
+        config: GeneratorConfig,
+        condition: Tensor,
+        seeds: Tensor,
+        budget: int | None = None,
+        *,
+        regenerate: bool = False,
     ) -> "Requests":
         """Clips that go on from given frames, codes ``[N, P]``.
 
-        The blocks that the frames fill are not sampled again: the tokenizer is causal, so their codes in the
-        whole clip are those of the condition.
+        The blocks that the frames fill are copied: the tokenizer is causal, so their codes in the whole clip
+        are those of the condition. ``regenerate`` samples them again like the others (paper 4.4).
         """
-        known = config.condition[: config.known_blocks]
+        known = () if regenerate else config.condition[: config.known_blocks]
         given = Tokens(condition[:, : sum(known)].flatten(), torch.tensor(known).repeat(len(condition), 1))
         return cls(
             torch.full_like(seeds, NO_CLASS),

@@ -61,6 +61,9 @@ class GenerateConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     budget: int | None = Field(None, ge=1, description="the most tokens a clip may have")
     assignment: tuple[int, ...] = Field((), description="tokens of each block, 0 where the model chooses")
+    regenerate: bool = Field(
+        False, description="frame prediction: sample the given frames again too (paper 4.4); else copy them"
+    )
     frechet: bool = Field(False, description="measure gFVD, precision and recall (needs the weights i3d)")
     reference: Literal["train", "test"] = Field(
         "train", description="real clips to compare with; UCF-101: train (LARP), K600: test"
@@ -101,7 +104,8 @@ class Producer:
         seeds, config = self.seed + numbers, self.generator.config
         if self.condition is not None:
             condition = self.condition[numbers % len(self.condition)]
-            return Requests.predicting(config, condition, seeds, self.config.budget)
+            again = self.config.regenerate
+            return Requests.predicting(config, condition, seeds, self.config.budget, regenerate=again)
         classes = len(config.labels)
         labels = numbers % classes if classes else torch.full_like(numbers, NO_CLASS)
         forced = torch.tensor(self.config.assignment).repeat(len(numbers), 1)

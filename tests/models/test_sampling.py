@@ -145,6 +145,16 @@ def test_frame_predictor_starts_with_the_given_assignment_and_depends_on_the_fra
     assert len(set(rests)) == 3
 
 
+def test_frame_predictor_samples_the_given_blocks_again_where_asked():
+    model = build(labels=(), condition=(8, 2), known_blocks=1)
+    condition = torch.randint(11, (3, 10))
+    requests = Requests.predicting(model.config, condition, torch.zeros(3).long(), regenerate=True)
+    tokens = sample(model, requests, SamplingConfig())
+    assert_valid(tokens, model, 3)
+    assert torch.equal(tokens.lengths[:, :2], torch.tensor([[8, 2]]).repeat(3, 1))
+    assert not torch.equal(torch.stack([clip[0] for clip in tokens.to_sequences()]), condition[:, :8])
+
+
 def test_overfitted_generator_returns_its_clips_greedily():
     torch.manual_seed(0)
     model = Generator(
