@@ -10,7 +10,12 @@ from typing import Any
 
 from evatok.assignment.space import AssignmentSpace
 from evatok.stages.fitting import train_problems
-from evatok.stages.reconstruction import TokenizerTraining, describe_tokenizer, train_tokenizer
+from evatok.stages.reconstruction import (
+    TokenizerTraining,
+    describe_tokenizer,
+    tokenizer_metrics,
+    train_tokenizer,
+)
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.reconstruction import RandomAssignments
 
@@ -34,4 +39,5 @@ STAGE = Stage(
     outputs=("model/", "curves/"),
     check=_check,
     describe=describe_tokenizer,
+    metrics=tokenizer_metrics,
 )

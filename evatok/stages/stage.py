@@ -112,6 +112,8 @@ class Stage:
     ``check``: called with (config, experiment) before anything starts; yields (dotted key, what is wrong and
     what is allowed) for everything that a single field's type cannot say.
     ``describe``: called with (config, experiment); what ``evatok plan`` shows.
+    ``metrics``: called with the config; names of the metrics that ``run`` returns and a sweep may search by
+    (``eval_`` ones where there are held-out clips). Without it only a run can tell.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Stage:
     version: int = 1
     check: Callable[[Any, Any], Iterable[tuple[str, str]]] | None = None
     describe: Callable[[Any, Any], Description] | None = None
+    metrics: Callable[[Any], tuple[str, ...]] | None = None
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """Names of the stages that this stage reads under ``config``."""
