@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, create_model
 
@@ -25,6 +25,9 @@ from evatok.artifacts import Artifact, Location, Manifest
 from evatok.config import Config, dump, flatten, identity, load, parse, problems
 from evatok.errors import UserError
 from evatok.stages.stage import Description, Listener, Resources, Stage, StageContext
+
+if TYPE_CHECKING:
+    from evatok.distributed.cluster import Cluster
 
 CHAIN = ("index", "proxy", "curate", "router", "tokenizer", "tokens", "generator", "generate", "evaluate")
 """Every stage, in the order in which they run: the module ``evatok.stages.<name>`` holds its ``STAGE``."""
@@ -373,16 +376,10 @@ def _refuse_stale_readers(planned: Sequence[PlannedStage], experiment: Experimen
 def _connect(stack: ExitStack, experiment: Experiment, listener: Listener, address: str | None) -> None:
     from evatok.distributed import cluster
 
-    resources = experiment.resources
-    cpus = resources.workers * resources.cpus_per_worker + cluster.DATA_CPUS
-    found = stack.enter_context(cluster.connected(address, cpus=cpus))
+    found = stack.enter_context(cluster.connected(address, cpus=logical_cpus(experiment.resources)))
     where = "a local Ray" if found.local else f"the Ray cluster at {found.address}"
     listener.log("cluster", f"{where}, nodes: {found.nodes}, CPUs: {found.cpus:g}, GPUs: {found.gpus:g}")
-    if found.local and resources.use_gpu and found.gpus < resources.workers:
-        raise UserError(
-            f"resources.workers: {resources.workers} with resources.use_gpu: found {found.gpus:g} GPUs on "
-            "this machine. Lower workers, set resources.use_gpu to false, or give the --address of a cluster."
-        )
+    refuse_missing_gpus(experiment.resources, found)
     if found.nodes > 1 and experiment.location.local():
         listener.log("cluster", f"every node must see the folder {experiment.location.uri}")
     if cluster.inside_job() and not Path(experiment.storage).is_absolute() and experiment.location.local():
@@ -390,6 +387,23 @@ def _connect(stack: ExitStack, experiment: Experiment, listener: Listener, addre
             "cluster",
             f"storage {experiment.storage!r} lies in the job's working folder, which Ray deletes in time; "
             "give an absolute path or a URI: --set storage=...",
+        )
+
+
+def logical_cpus(resources: Resources) -> float:
+    """What a local Ray needs for these resources: the training workers, and what decodes for them."""
+    from evatok.distributed import cluster
+
+    return resources.workers * resources.cpus_per_worker + cluster.DATA_CPUS
+
+
+def refuse_missing_gpus(resources: Resources, found: Cluster) -> None:
+    """Raises UserError when our own Ray lacks the GPUs; a cluster may have more nodes coming."""
+    needed = max(resources.workers, 1) * resources.use_gpu
+    if found.local and found.gpus < needed:
+        raise UserError(
+            f"resources.workers: {resources.workers} with resources.use_gpu: found {found.gpus:g} GPUs on "
+            "this machine. Lower workers, set resources.use_gpu to false, or give the --address of a cluster."
         )
 
 

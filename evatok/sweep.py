@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,15 @@ from pydantic import Field
 from evatok import experiment as experiments
 from evatok.artifacts import MANIFEST, Artifact, Location, exclusive
 from evatok.config import Config, dump, load, parse, problems
-from evatok.distributed.tune import Asha, Finished, Mode, Parameter, Report, search
+from evatok.distributed.tune import Asha, Finished, MissingObjectiveError, Mode, Parameter, Report, search
 from evatok.errors import UserError
 from evatok.experiment import Experiment, experiment_type
 from evatok.report.sweep import write_sweep_report
-from evatok.stages.stage import Listener, Resources
+from evatok.stages.stage import Listener, Resources, Stage
 
 Values = dict[str, Any]
+WAITING_CPUS = 0.01  # of a trial whose own workers train: Tune refuses a trial that holds nothing
+_NO_EVALUATION = " It evaluates nothing: set {0}.train.eval_every and {0}.held_out above 0."
 
 
 class SweepConfig(Config):
@@ -35,7 +37,11 @@ class SweepConfig(Config):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="folder of the sweep"
     )
-    storage: str = Field(default="runs", min_length=1, description="local folder or URI under which it lives")
+    storage: str | None = Field(
+        default=None,
+        min_length=1,
+        description="local folder or URI for the sweep and its experiment's run; default: the experiment's",
+    )
     experiment: str = Field(description="experiment file, relative to the sweep file")
     set: dict[str, Any] = Field(
         default_factory=dict, description="dotted keys of the experiment, for all trials"
@@ -103,6 +109,11 @@ class Sweep:
         names = [stage.name for stage in self.base.stages]
         return names[: min(names.index(stage) for stage in self.config.stages)]
 
+    @property
+    def last(self) -> Stage:
+        """The stage whose metrics are a trial's."""
+        return [stage for stage in self.base.stages if stage.name in self.config.stages][-1]
+
 
 def name_of(values: Values) -> str:
     """A trial's name: a function of its values, so that a trial tried again finds its folder."""
@@ -112,9 +123,10 @@ def name_of(values: Values) -> str:
 def open_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read and check a sweep file, its experiment, and the experiment with every end of the space."""
     config = load(path, SweepConfig, overrides)
-    base = experiments.open_experiment(Path(path).parent / config.experiment, _assignments(config.set))
+    settings = config.set | ({"storage": config.storage} if config.storage else {})
+    base = experiments.open_experiment(Path(path).parent / config.experiment, _assignments(settings))
     base = base.model_copy(update={"storage": Location.parse(base.storage).uri})
-    sweep = Sweep(config, base, Location.parse(config.storage) / config.name)
+    sweep = Sweep(config, base, Location.parse(base.storage) / config.name)
     present = [stage.name for stage in base.stages]
     found = [
         ("stages", f"{stage!r} is no stage of {config.experiment}; it has {', '.join(present)}.")
@@ -122,7 +134,8 @@ def open_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         if stage not in present
     ]
     if not found:
-        found = [
+        found = list(_unknown_objectives(sweep))
+        found += [
             (f"space.{key}", problem)
             for key, parameter in config.space.items()
             if (problem := _problem(sweep, key, parameter))
@@ -130,6 +143,18 @@ def open_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     if found:
         raise problems(found, str(path))
     return sweep
+
+
+def _unknown_objectives(sweep: Sweep) -> Iterator[tuple[str, str]]:
+    stage = sweep.last
+    if stage.metrics is None:
+        return
+    known = stage.metrics(getattr(sweep.base, stage.name))
+    for name in sweep.config.objectives:
+        if name not in known:
+            hint = "" if any(one.startswith("eval_") for one in known) else _NO_EVALUATION.format(stage.name)
+            listed = ", ".join(known)
+            yield f"objectives.{name}", f"is no metric of stage {stage.name!r}, which has {listed}.{hint}"
 
 
 def _problem(sweep: Sweep, key: str, parameter: Parameter) -> str | None:
@@ -153,11 +178,14 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
     from evatok.distributed import cluster
 
     config, resources = sweep.config, sweep.config.resources
-    with exclusive(sweep.location), cluster.connected(address, cpus=cluster.DATA_CPUS + 2) as found:
+    cpus = max(resources.workers, 1) * resources.cpus_per_worker
+    trials = cpus * (1 if resources.workers else 2) + cluster.DATA_CPUS
+    needed = max(trials, experiments.logical_cpus(sweep.base.resources))
+    with exclusive(sweep.location), cluster.connected(address, cpus=needed) as found:
+        experiments.refuse_missing_gpus(resources, found)
         _claim(sweep)
         if sweep.shared:
             experiments.run(sweep.base, listener, until=sweep.shared[-1])
-        cpus = max(resources.workers, 1) * resources.cpus_per_worker
         gpus = float(max(resources.workers, 1) * resources.use_gpu)
         fits = int((found.cpus - cluster.DATA_CPUS) // cpus)
         if gpus:
@@ -165,7 +193,7 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
         records = _records(sweep)
         finished = [one for one in records if one.state in ("done", "stopped")]
         unfinished = [one.values for one in records if one not in finished]
-        own = 0 if resources.workers else 1  # with workers of its own a trial's process only waits for them
+        own = (WAITING_CPUS, 0.0) if resources.workers else (cpus, gpus)
         search(
             functools.partial(run_trial, sweep),
             config.space,
@@ -176,11 +204,11 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
             searcher=config.searcher,
             scheduler=config.scheduler,
             seed=config.seed,
-            cpus=cpus * own,
-            gpus=gpus * own,
+            cpus=own[0],
+            gpus=own[1],
             concurrency=config.concurrency or max(fits, 1),
             on_progress=lambda over: listener.progress("tune", over, config.trials, "trials", {}),
-            on_end=functools.partial(_record, sweep),
+            on_end=functools.partial(_record, sweep, listener),
         )
         return _conclude(sweep)
 
@@ -188,7 +216,7 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
 def run_trial(sweep: Sweep, values: Values, report: Report) -> Mapping[str, float]:
     """Run one trial's stages in this process; what an earlier attempt finished is kept."""
     experiment = sweep.trial(values)
-    listener = _Reporter(report)
+    listener = _Reporter(report, sweep.last.name)
     base, own = experiments.plan(sweep.base), experiments.plan(experiment)
     artifacts: dict[str, Artifact] = {
         entry.name: Artifact(entry.location, entry.manifest)
@@ -212,24 +240,25 @@ def run_trial(sweep: Sweep, values: Values, report: Report) -> Mapping[str, floa
                 metrics = artifacts[entry.name].manifest.metrics
     missing = [name for name in sweep.config.objectives if name not in metrics]
     if missing:
-        raise UserError(
+        raise MissingObjectiveError(
             f"{sweep.config.name}: objectives: {', '.join(missing)} is no metric of stage "
-            f"{sweep.config.stages[-1]!r}. Its metrics: {', '.join(metrics)}."
+            f"{sweep.last.name!r}. Its metrics: {', '.join(metrics)}."
         )
     return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
 
 
 class _Reporter:
-    """Hands a stage's figures to the search."""
+    """Hands the figures of the stage that is searched by to the search."""
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
+    def __init__(self, report: Report, stage: str) -> None:
+        self._report, self._stage = report, stage
 
     def log(self, stage: str, message: str) -> None:
         print(f"{stage:<9} {message}")
 
     def progress(self, stage: str, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
-        self._report(done, figures)
+        if stage == self._stage:
+            self._report(done, figures)
 
 
 def _assignments(settings: Mapping[str, Any]) -> list[str]:
@@ -258,22 +287,30 @@ def _records(sweep: Sweep) -> list[Finished]:
         location = sweep.location / "trials" / name
         if location.exists("trial.json"):
             record = location.read_json("trial.json")
-            records.append(Finished(record["values"], record["metrics"], record["state"]))
+            records.append(Finished(**record))
     return records
 
 
-def _record(sweep: Sweep, trial: Finished) -> None:
-    location = sweep.location / "trials" / name_of(trial.values)
-    location.write_json(
-        "trial.json", {"values": trial.values, "metrics": dict(trial.metrics), "state": trial.state}
-    )
+def _record(sweep: Sweep, listener: Listener, trial: Finished) -> None:
+    name = name_of(trial.values)
+    (sweep.location / "trials" / name).write_json("trial.json", asdict(trial))
+    if trial.state == "failed":
+        listener.log("tune", f"trial {name} failed: {_reason(trial)}")
+
+
+def _reason(trial: Finished) -> str:
+    return trial.error if trial.mistake else trial.error.strip().rpartition("\n")[2]
 
 
 def _conclude(sweep: Sweep) -> SweepResult:
-    trials = [Trial(name_of(one.values), one.values, one.metrics, one.state) for one in _records(sweep)]
+    records = _records(sweep)
+    trials = [Trial(name_of(one.values), one.values, one.metrics, one.state) for one in records]
     done = [trial for trial in trials if trial.state == "done"]
     if not done:
-        raise RuntimeError(f"no trial of {sweep.location.uri} came to its end")
+        failed = [one for one in records if one.state == "failed"]
+        why = f". {name_of(failed[0].values)}, the first to fail: {_reason(failed[0])}" if failed else ""
+        error = UserError if failed and failed[0].mistake else RuntimeError
+        raise error(f"no trial of {sweep.location.uri} came to its end{why}")
     objectives = sweep.config.objectives
     best = front(done, objectives)
     chosen = nearest_to_ideal(best, objectives)

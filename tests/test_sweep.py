@@ -1,14 +1,34 @@
 """Sweeps: checked before they start, shared stages once, trials as runs, the best one goes on."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
 from evatok import sweep as sweeps
 from evatok.artifacts import read_manifest
+from evatok.assignment.reward import HIGHER_IS_BETTER
+from evatok.distributed.cluster import Cluster
+from evatok.distributed.tune import Finished, MissingObjectiveError
 from evatok.errors import UserError
 from evatok.experiment import open_experiment, plan
 from evatok.sweep import Trial, front, name_of, nearest_to_ideal, open_sweep, run_trial
+
+SWEEPS = Path(__file__).parents[1] / "experiments/sweeps"
+
+
+class Quiet(list[str]):
+    """A listener that keeps what is logged."""
+
+    def log(self, stage, message):
+        self.append(message)
+
+    def progress(self, *_):
+        pass
+
+
+def make_shared(sweep):
+    sweeps.experiments.run(sweep.base, Quiet(), until="index")
 
 
 @pytest.fixture
@@ -21,7 +41,7 @@ def write(toy_chain, tmp_path: Path):
         space: str = "{router.lr: {loguniform: [0.01, 1]}, index.reward: {choice: [1, 2]}}", more=""
     ) -> Path:
         (tmp_path / "sweep.yaml").write_text(
-            f"name: sweep\nstorage: {tmp_path}/runs\nexperiment: toy.yaml\nspace: {space}\n"
+            f"name: sweep\nexperiment: toy.yaml\nspace: {space}\n"
             f"objectives: {{attempts: max}}\ntrials: 3\n{more}"
         )
         return tmp_path / "sweep.yaml"
@@ -50,7 +70,7 @@ def test_mistake_is_found_before_anything_starts(write, toy_chain, space, more, 
 def test_trial_reads_the_shared_stages_and_is_a_run_of_its_own(write, toy_chain):
     sweep = open_sweep(write())
     assert sweep.shared == ["index"]
-    sweeps.experiments.run(sweep.base, sweeps._Reporter(lambda *_: None), until="index")
+    make_shared(sweep)
     reported = []
     values = {"router.lr": 0.5, "index.reward": 2}
     metrics = run_trial(sweep, values, lambda step, figures: reported.append((step, dict(figures))))
@@ -67,11 +87,11 @@ def test_trial_reads_the_shared_stages_and_is_a_run_of_its_own(write, toy_chain)
 def test_best_trial_goes_on_as_a_run(write, toy_chain):
     sweep = open_sweep(write())
     sweeps._claim(sweep)
-    sweeps.experiments.run(sweep.base, sweeps._Reporter(lambda *_: None), until="index")
+    make_shared(sweep)
     for lr, attempts in ((0.1, 1.0), (0.2, 3.0)):
         values = {"router.lr": lr, "index.reward": 1}
         run_trial(sweep, values, lambda *_: None)
-        sweeps._record(sweep, sweeps.Finished(values, {"attempts": attempts}, "done"))
+        sweeps._record(sweep, Quiet(), Finished(values, {"attempts": attempts}, "done"))
     result = sweeps._conclude(sweep)
     best = open_experiment(result.export)
     assert best.router.lr == 0.2
@@ -89,17 +109,119 @@ def test_keys_that_must_agree_are_searched_as_one(write):
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_budget", "router", "token_budget"])
-def test_shipped_sweeps_are_valid(name):
-    root = Path(__file__).parents[1]
-    sweep = open_sweep(root / "experiments/sweeps" / f"{name}.yaml")
+def test_shipped_sweeps_are_valid_and_search_by_what_their_last_stage_reports(name):
+    sweep = open_sweep(SWEEPS / f"{name}.yaml")
     assert sweep.shared == ["index", "proxy", "curate"][: 1 if name == "token_budget" else 3]
+    objectives = sweep.config.objectives
+    assert objectives.keys() <= set(sweep.last.metrics(sweep.base.router))
+    if "eval_quality" in objectives:
+        higher = HIGHER_IS_BETTER[sweep.base.curate.reward.quality]
+        assert objectives["eval_quality"] == ("max" if higher else "min")
 
 
-def test_objective_that_no_stage_reports_is_named(write, toy_chain):
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (
+            ["objectives={reward_percentile: max}"],
+            "objectives.reward_percentile: is no metric of stage .router",
+        ),
+        (["set={router.train.eval_every: 0}"], "set router.train.eval_every and router.held_out above 0"),
+    ],
+)
+def test_objective_that_the_last_stage_does_not_report_is_refused_before_anything_starts(overrides, part):
+    with pytest.raises(UserError, match=part):
+        open_sweep(SWEEPS / "tiny.yaml", overrides)
+
+
+def test_objective_that_only_a_trial_shows_to_be_missing_ends_the_search(write, toy_chain):
     sweep = open_sweep(write(), ["objectives={psnr: max}"])
-    sweeps.experiments.run(sweep.base, sweeps._Reporter(lambda *_: None), until="index")
-    with pytest.raises(UserError, match=r"psnr is no metric of stage .router.\. Its metrics: attempts"):
+    make_shared(sweep)
+    with pytest.raises(
+        MissingObjectiveError, match=r"psnr is no metric of stage .router.\. Its metrics: attempts"
+    ):
         run_trial(sweep, {"router.lr": 0.5, "index.reward": 2}, lambda *_: None)
+
+
+def test_only_the_last_stage_of_a_trial_is_reported(write, toy_chain):
+    sweep = open_sweep(write(), ["stages=[router, evaluate]"])
+    make_shared(sweep)
+    steps = []
+    reporter = sweeps._Reporter(lambda step, _: steps.append(step), sweep.last.name)
+    reporter.progress("router", 1, 9, "steps", {"attempts": 1.0})
+    reporter.progress("evaluate", 2, 9, "steps", {"attempts": 1.0})
+    assert steps == [2]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "kind", "text"),
+    [
+        (True, UserError, "too dark"),
+        (False, RuntimeError, "ValueError: too dark"),
+    ],
+)
+def test_cause_is_told_when_no_trial_comes_to_its_end(write, mistake, kind, text):
+    sweep = open_sweep(write())
+    values, heard = {"router.lr": 0.5, "index.reward": 2}, Quiet()
+    error = "too dark" if mistake else "Traceback ...\nValueError: too dark\n"
+    sweeps._record(sweep, heard, Finished(values, {}, "failed", 3, error, mistake))
+    record = (sweep.location / "trials" / name_of(values)).read_json("trial.json")
+    assert (record["error"], record["step"]) == (error, 3)
+    assert heard == [f"trial {name_of(values)} failed: {text}"]
+    with pytest.raises(kind, match=f"{name_of(values)}, the first to fail: {text}"):
+        sweeps._conclude(sweep)
+
+
+def test_storage_is_one_for_the_sweep_and_its_experiment(write, tmp_path):
+    sweep = open_sweep(write())
+    assert sweep.location.uri == str(tmp_path / "runs/sweep")
+    sweep = open_sweep(write(), [f"storage={tmp_path}/elsewhere"])
+    assert sweep.location.uri == str(tmp_path / "elsewhere/sweep")
+    assert sweep.base.location.uri == str(tmp_path / "elsewhere/toy")
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """What ``sweeps.run`` asks of Ray and of the search, which does nothing; on a local Ray without GPUs."""
+    asked = {}
+
+    @contextlib.contextmanager
+    def connected(address, *, cpus):
+        asked["needed"] = cpus
+        yield Cluster("", local=True, nodes=1, cpus=cpus, gpus=0)
+
+    def search(*arguments, on_end, **options):
+        asked.update(options)
+        on_end(Finished({"router.lr": 0.5, "index.reward": 2}, {"attempts": 1.0}, "stopped"))
+
+    monkeypatch.setattr("evatok.distributed.cluster.connected", connected)
+    monkeypatch.setattr(sweeps, "search", search)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("trial", "base", "needed", "held", "concurrency"),
+    [
+        ("{workers: 0}", "{workers: 1}", 4, 1, 2),
+        ("{workers: 0}", "{workers: 4, cpus_per_worker: 3}", 14, 1, 12),
+        ("{workers: 2, cpus_per_worker: 3}", "{workers: 1}", 8, sweeps.WAITING_CPUS, 1),
+    ],
+)
+def test_local_ray_is_as_large_as_the_larger_of_a_trial_and_the_experiment_needs(
+    write, toy_chain, searched, trial, base, needed, held, concurrency
+):
+    sweep = open_sweep(write(), [f"resources={trial}", f"set={{resources: {base}, router.batch: 4}}"])
+    with pytest.raises(RuntimeError, match="no trial"):
+        sweeps.run(sweep, Quiet())
+    found = {key: searched[key] for key in ("needed", "cpus", "concurrency")}
+    assert found == {"needed": needed, "cpus": held, "concurrency": concurrency}
+
+
+def test_trials_that_need_more_gpus_than_there_are_do_not_start(write, toy_chain, searched):
+    sweep = open_sweep(write(), ["resources={use_gpu: true, workers: 0}"])
+    with pytest.raises(UserError, match="found 0 GPUs"):
+        sweeps.run(sweep, Quiet())
+    assert toy_chain.ran == []
 
 
 def test_folder_of_another_sweep_is_refused(write):

@@ -45,7 +45,7 @@ def connected(address: str | None = None, *, cpus: float = 0) -> Iterator[Cluste
     import ray
 
     if ray.is_initialized():
-        yield _describe(local=False)
+        yield _describe()
         return
     cluster = connect(address, cpus=cpus)
     try:
@@ -93,7 +93,7 @@ def _start(cpus: float) -> Cluster:
         logging_level=logging.ERROR,
     )
     _mute()
-    return _describe(local=True)
+    return _describe()
 
 
 def _mute() -> None:
@@ -131,7 +131,7 @@ def _join(address: str) -> Cluster:
         ) from error
     except (ConnectionError, ValueError) as error:
         raise UserError(f"No Ray cluster answers at {address}: {error}") from error
-    return _describe(local=False)
+    return _describe()
 
 
 def use_token() -> None:
@@ -159,13 +159,14 @@ def share_of_cores(cpus: float) -> int:
     return max(1, int(len(os.sched_getaffinity(0)) * cpus / max(logical, cpus)))
 
 
-def _describe(*, local: bool) -> Cluster:
+def _describe() -> Cluster:
     import ray
+    from ray._private.worker import _global_node
 
     total = ray.cluster_resources()
     return Cluster(
         address=ray.get_runtime_context().gcs_address,
-        local=local,
+        local=_global_node.is_head(),
         nodes=sum(node["Alive"] for node in ray.nodes()),
         cpus=total.get("CPU", 0.0),
         gpus=total.get("GPU", 0.0),

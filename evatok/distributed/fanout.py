@@ -159,8 +159,14 @@ def fan_out(
     schedule = Schedule(_shuffled([shard for shard in shards if shard.name in missing]), retries)
     total = sum(shard.items for shard in shards)
     handle = ray.put(Job(work, state, target, key, cpus, threads))
+    # In a trial of Tune, tasks without a strategy could use only what the trial itself holds.
     task = ray.remote(
-        num_cpus=cpus, num_gpus=gpus, label_selector=label_selector, max_retries=0, max_calls=0
+        num_cpus=cpus,
+        num_gpus=gpus,
+        label_selector=label_selector,
+        scheduling_strategy="DEFAULT",
+        max_retries=0,
+        max_calls=0,
     )(_run_shard)
     running: dict[ray.ObjectRef, Attempt] = {}
     failures: dict[str, str] = {}

@@ -21,7 +21,7 @@ TRAINING = {
     "reward_percentile": ("evatok_reward_percentile", "Reward percentile of the router (0-100)."),
 }
 FANOUT = {
-    "items": ("evatok_fanout_items", "Items finished: clips of the curation, videos of the index."),
+    "items": ("evatok_fanout_items", "Items finished: videos of the index, clips elsewhere."),
     "total": ("evatok_fanout_items_total", "Items there are."),
     "rate": ("evatok_fanout_items_per_second", "Items per second, all tasks together."),
     "assignments": ("evatok_fanout_assignments_per_second", "Assignments scored per second."),
@@ -40,6 +40,8 @@ class TrainingMetrics:
         self._gauges = _gauges(TRAINING, run, tags=("split",))
 
     def write(self, row: Mapping[str, Any]) -> None:
+        if {"tokens", "clips_per_second"} <= row.keys():
+            row = {**row, "tokens_per_second": row["tokens"] * row["clips_per_second"]}
         for key, gauge in self._gauges.items():
             if key in row:
                 gauge.set(row[key], tags={"split": row["split"]})
@@ -49,7 +51,7 @@ class TrainingMetrics:
 
 
 class FanOutMetrics:
-    """Shows how far a fan-out is. ``assignments``: that each item stands for, 0 if it is no curation."""
+    """Shows how far a fan-out is. ``assignments``: scored for each item, 0 where none are."""
 
     def __init__(self, run: str, assignments: int = 0) -> None:
         self._gauges = _gauges(FANOUT, run)

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +15,14 @@ import ray
 import ray.train
 import torch
 from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evatok.artifacts import CurveWriter, Location
+from evatok.distributed.metrics import TrainingMetrics
 from evatok.distributed.stream import large_blocks
 from evatok.errors import UserError
 from evatok.training.checkpoint import FolderCheckpoints, TrainState
@@ -138,7 +141,11 @@ class _Job:
     threads: int
 
     def sinks(self) -> list[Sink]:
-        return [CurveWriter(self.location), *trackers(self.config.trackers, self.location, self.run_id)]
+        return [
+            CurveWriter(self.location),
+            TrainingMetrics(self.run_id),
+            *trackers(self.config.trackers, self.location, self.run_id),
+        ]
 
     def batches(self, dataset: DataIterator | Dataset, size: int) -> Iterator[Batch]:
         yield from dataset.iter_torch_batches(
@@ -250,10 +257,13 @@ class _ListenerSink:
 
 @dataclass
 class _QueueSink:
+    """Progress for who watches: training goes on without it when the queue is lost."""
+
     queue: Queue
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self.queue.put(dict(row))
+        with suppress(RayActorError):
+            self.queue.put(dict(row))
 
     def flush(self) -> None:
         pass
@@ -265,18 +275,22 @@ def _heard(listener: Listener | None, steps: int) -> Iterator[Queue | None]:
     if listener is None:
         yield None
         return
-    queue = Queue(actor_options={"num_cpus": 0})
+    # Beside the driver: on a preemptible node it would go before the training does.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     sink = _ListenerSink(listener, steps)
 
     def listen() -> None:
-        while (row := queue.get()) is not None:
-            sink.write(row)
+        with suppress(RayActorError):
+            while (row := queue.get()) is not None:
+                sink.write(row)
 
     thread = threading.Thread(target=listen, name="evatok-progress", daemon=True)
     thread.start()
     try:
         yield queue
-        queue.put(None)
+        with suppress(RayActorError):
+            queue.put(None)
         thread.join()
     finally:
         queue.shutdown()

@@ -15,15 +15,19 @@ import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+import ray
 from pydantic import Field, model_validator
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from evatok.config import Config
+from evatok.errors import UserError
 
 Values = dict[str, Any]
 Report = Callable[[int, Mapping[str, float]], None]
@@ -86,13 +90,24 @@ class Asha(Config):
     factor: float = Field(default=3.0, gt=1, description="of the trials at a rung, one in this many goes on")
 
 
+class MissingObjectiveError(UserError):
+    """A trial that came to its end does not report an objective, so no other trial will: ends the search."""
+
+
 @dataclass(frozen=True)
 class Finished:
-    """A trial that is over: what it tried and found. ``state``: done, stopped early, or failed."""
+    """A trial that is over: what it tried and found. ``state``: done, stopped early, or failed.
+
+    ``step``: of its newest report. ``error``: why it failed, with the traceback unless it is a ``mistake``,
+    which is the user's to mend.
+    """
 
     values: Values
     metrics: Mapping[str, float]
     state: Literal["done", "stopped", "failed"]
+    step: int = 0
+    error: str = ""
+    mistake: bool = False
 
 
 def search(
@@ -118,7 +133,8 @@ def search(
     ``report(step, metrics)`` on the way, returns its final metrics, and finds its own earlier results when
     it is called with the values of an ``unfinished`` trial. ``on_end`` is called here, once per trial, as
     soon as it is over; ``on_progress`` with the number of trials that are over. With several objectives the
-    first one decides which trials are stopped early.
+    first one decides which trials are stopped early. A trial that fails does not end the search, unless it
+    raises MissingObjectiveError, which is raised here then.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -140,6 +156,8 @@ def search(
         metrics = trial(_decoded(config, space), report)
         send(metrics, step + 1, whole=True)
 
+    in_vain = _InVain()
+
     class Ends(tune.Callback):  # type: ignore[misc]
         """Tells the caller about each trial that is over."""
 
@@ -151,11 +169,24 @@ def search(
             self._end(trial, "done" if whole else "stopped")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            self._end(trial, "failed")
+            cause, text = _error(trial)
+            if isinstance(cause, MissingObjectiveError):
+                in_vain.cause = cause
+            self._end(trial, "failed", text, isinstance(cause, UserError))
 
-        def _end(self, trial: Any, state: Literal["done", "stopped", "failed"]) -> None:
-            found = trial.last_result.get("found", {})
-            on_end(Finished(_decoded(trial.config, space), found, state))
+        def __reduce__(self) -> tuple[Any, ...]:
+            return tune.Callback, ()  # Tune pickles it for books that nobody reads
+
+        def _end(
+            self,
+            trial: Any,
+            state: Literal["done", "stopped", "failed"],
+            error: str = "",
+            mistake: bool = False,
+        ) -> None:
+            last = trial.last_result
+            found, step = last.get("found", {}), last.get("step", 0) - last.get("whole", False)
+            on_end(Finished(_decoded(trial.config, space), found, state, step, error, mistake))
             self.over += 1
             on_progress(self.over)
 
@@ -184,8 +215,35 @@ def search(
                 max_concurrent_trials=concurrency,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
-            run_config=tune.RunConfig(name="evatok", storage_path=books, callbacks=[Ends()], verbose=0),
+            run_config=tune.RunConfig(
+                name="evatok", storage_path=books, callbacks=[Ends()], stop=in_vain, verbose=0
+            ),
         ).fit()
+    if in_vain.cause is not None:
+        raise in_vain.cause
+
+
+class _InVain(tune.Stopper):  # type: ignore[misc]
+    """Ends a search in which no trial can come to a good end; ``cause`` says why. Tune pickles it."""
+
+    def __init__(self) -> None:
+        self.cause: MissingObjectiveError | None = None
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.cause is not None
+
+
+def _error(trial: Any) -> tuple[BaseException | None, str]:
+    """What a failed trial raised, and the text for its record; None for a trial that was lost."""
+    if trial.pickled_error_file is None:
+        return None, Path(trial.error_file).read_text()
+    error = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    if not isinstance(error, RayTaskError):
+        return None, f"{type(error).__name__}: {error}"
+    return error.cause, str(error.cause if isinstance(error.cause, UserError) else error)
 
 
 def _draw(

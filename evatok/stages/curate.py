@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -124,7 +124,6 @@ class Scorer:
 
 def run(context: StageContext) -> dict[str, Any]:
     """Score all assignments of the drawn clips in Ray tasks; returns the headline metrics."""
-    from evatok.distributed.metrics import FanOutMetrics
     from evatok.distributed.schedule import Shard
 
     config: CurateConfig = context.config
@@ -140,22 +139,12 @@ def run(context: StageContext) -> dict[str, Any]:
     parts = divide(len(rows), *_task_sizes(context), space)
     split = any(part.prefix for part in parts)
 
-    metrics = FanOutMetrics(context.run_id, assignments=space.size)
-
     def report(progress: Progress) -> None:
-        """Shards count their assignments; people count clips."""
-        clips = replace(
-            progress,
-            items=progress.items // space.size,
-            total=progress.total // space.size,
-            rate=progress.rate / space.size,
-        )
-        metrics(clips)
         context.progress(
-            clips.items,
-            clips.total,
+            progress.items,
+            progress.total,
             "clips",
-            assignments_per_second=progress.rate,
+            assignments_per_second=progress.rate * space.size,
             retries=progress.retries,
             rejected=progress.rejected,
         )
@@ -174,6 +163,8 @@ def run(context: StageContext) -> dict[str, Any]:
         "parts" if split else "table",
         state=scorer,
         show=report,
+        parts=space.size,  # so that the parts of a clip count, too
+        assignments=space.size,
     )
     if split:
         join_parts(context.location, parts)

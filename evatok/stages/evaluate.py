@@ -154,7 +154,7 @@ def score(context: StageContext, judge: Judge, known: RewardRows) -> tuple[dict[
         Shard(f"{start:08d}-{stop:08d}.parquet", stop - start, (start, known.row[start:stop].numpy()))
         for start, stop in ranges(len(known))
     ]
-    fan_out_over(context, shards, score_clips, "table", judge, "clips")
+    fan_out_over(context, shards, score_clips, "table", judge, "clips", judge.sources.space.size)
     quality = RewardTable.open(context.location / "table").load([m.name for m in judge.metrics]).quality
     return quality, to_evidence(context.location.read_table("table"))
 
@@ -344,13 +344,14 @@ def fan_out_over(
     target: str,
     judge: Judge,
     unit: str,
+    assignments: int = 0,
 ) -> None:
     """The shards of this stage, with its resources and progress."""
 
     def report(progress: Progress) -> None:
         context.progress(progress.items, progress.total, unit, per_second=progress.rate)
 
-    fan_out_models(context, shards, work, target, state=judge, show=report)
+    fan_out_models(context, shards, work, target, state=judge, show=report, assignments=assignments)
 
 
 STAGE = Stage(

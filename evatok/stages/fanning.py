@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,14 +27,31 @@ def fan_out_models(
     *,
     state: Callable[[], Any],
     show: Callable[[Progress], None],
+    parts: int = 1,
+    assignments: int = 0,
 ) -> FanOutSummary:
     """``fan_out`` into ``target`` of the stage's folder, with the run's resources and node group.
 
-    The stage's config says in ``gpu_per_task`` what share of a GPU a task holds where GPUs are used.
+    ``show`` and the exported metrics are told of the progress in clips; ``parts`` items of the shards make up
+    one. ``assignments``: scored for each clip, if any. The stage's config says in ``gpu_per_task`` what share
+    of a GPU a task holds where GPUs are used.
     """
     from evatok.distributed.fanout import fan_out
+    from evatok.distributed.metrics import FanOutMetrics
 
     resources = context.resources
+    metrics = FanOutMetrics(context.run_id, assignments)
+
+    def report(progress: Progress) -> None:
+        clips = replace(
+            progress,
+            items=progress.items // parts,
+            total=progress.total // parts,
+            rate=progress.rate / parts,
+        )
+        metrics(clips)
+        show(clips)
+
     return fan_out(
         shards,
         work,
@@ -43,7 +61,7 @@ def fan_out_models(
         cpus=resources.cpus_per_task,
         gpus=context.config.gpu_per_task if resources.use_gpu else 0.0,
         label_selector=resources.groups.selector("curate"),
-        on_progress=show,
+        on_progress=report,
     )
 
 

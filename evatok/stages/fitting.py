@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,11 @@ def headline(task: Task, figures: Mapping[str, float]) -> dict[str, float]:
     """Of a point of the curves, what a person wants to see at a glance."""
     shown = {"loss", "clips_per_second", *task.watched}
     return {name: value for name, value in figures.items() if name in shown or name.startswith("eval_")}
+
+
+def metric_names(evaluated: Sequence[str]) -> tuple[str, ...]:
+    """Names in ``headline`` whatever the data, of a training that evaluates ``evaluated``."""
+    return ("loss", "clips_per_second", *(f"eval_{name}" for name in evaluated))
 
 
 def train_problems(stage: str, config: TrainConfig, experiment: Any) -> Iterator[tuple[str, str]]:

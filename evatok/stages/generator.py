@@ -16,9 +16,9 @@ from evatok.config import OPERATIONAL, Config
 from evatok.models.generator import Generator, GeneratorConfig, NetworkConfig
 from evatok.models.layers import TransformerSize
 from evatok.models.tokenizer import VideoTokenizer
-from evatok.stages.fitting import fit_stage, train_problems
+from evatok.stages.fitting import fit_stage, metric_names, train_problems
 from evatok.stages.stage import Description, Stage, StageContext
-from evatok.training.generation import GenerationTask
+from evatok.training.generation import EVALUATED, GenerationTask
 from evatok.training.loop import TrainConfig
 from evatok.training.token_table import count_rows, mean_tokens, read_vocabulary
 
@@ -98,4 +98,5 @@ STAGE = Stage(
     outputs=("model/", "curves/"),
     check=_check,
     describe=_describe,
+    metrics=lambda config: metric_names(EVALUATED if config.held_out else ()),
 )

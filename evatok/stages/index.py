@@ -29,7 +29,7 @@ from evatok.video.sources import AnySource, MixtureSource, Video
 from evatok.video.synthetic import BLOCK
 
 if TYPE_CHECKING:
-    from evatok.distributed.fanout import ShardOutput
+    from evatok.distributed.fanout import Progress, ShardOutput
 
 PROBED = "probed.parquet"  # what is known of every file, so that only new and changed ones are probed again
 VERSION = 1
@@ -94,7 +94,7 @@ class IndexConfig(Config):
     videos_per_task: Annotated[int, OPERATIONAL] = Field(default=_VIDEOS_PER_TASK, gt=0)
 
 
-Report = Callable[[int, int], None]
+Report = Callable[["Progress"], None]
 
 
 def build_index(
@@ -103,7 +103,7 @@ def build_index(
     """Write the index of `config.source` into `location`; needs a connected Ray.
 
     Run again in the same place it probes new and changed files only (by size and time of change).
-    `on_progress` is told the videos probed and all that are to be. Returns the headline counts. Raises
+    `on_progress` is told of the probing, in videos. Returns the headline counts. Raises
     UserError when the source has no usable video.
     """
     listed = _listed(config, location, seed)
@@ -230,7 +230,7 @@ def _probed(config: IndexConfig, location: Location, todo: pa.Table, report: Rep
         location / _PROBES,
         key=state.hexdigest(),
         state=functools.partial(Guard, config.limits.time_limit),
-        on_progress=(lambda progress: report(progress.items, progress.total)) if report else None,
+        on_progress=report,
     )
     return location.read_table(_PROBES).select(_PROBED.names)
 
@@ -348,17 +348,23 @@ def _batches(videos: Iterator[Video], size: int) -> Iterator[list[Video]]:
 
 def run(context: StageContext) -> dict[str, Any]:
     """The stage: see `build_index` and `materialize`."""
+    from evatok.distributed.metrics import FanOutMetrics
+
     config, location = context.config, context.location
-    counts = build_index(
-        config, location, context.seed, lambda done, total: context.progress(done, total, "videos")
-    )
+    metrics = FanOutMetrics(context.run_id)
+
+    def report(progress: Progress, unit: str) -> None:
+        metrics(progress)
+        context.progress(progress.items, progress.total, unit)
+
+    counts = build_index(config, location, context.seed, functools.partial(report, unit="videos"))
     if config.materialize:
         counts["undecodable"] = materialize(
             location,
             config.frames,
             config.materialize,
             config.limits,
-            lambda done, total: context.progress(done, total, "clips"),
+            functools.partial(report, unit="clips"),
         )
     return counts
 

@@ -18,7 +18,7 @@ from evatok.video.prepared import CLIPS_PER_FILE, PreparedClips, write_prepared
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from evatok.distributed.fanout import ShardOutput
+    from evatok.distributed.fanout import Progress, ShardOutput
 
 _RECORDS = "prepared-records"
 
@@ -28,7 +28,7 @@ def materialize(
     frames: int,
     size: int,
     limits: MediaLimits,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> int:
     """Prepare the clips of the index in `location` at `size` pixels; needs a connected Ray.
 
@@ -52,7 +52,7 @@ def materialize(
         location / _RECORDS,
         key=f"{index.version}-{frames}-{size}",
         state=functools.partial(Guard, limits.time_limit),
-        on_progress=(lambda progress: on_progress(progress.items, progress.total)) if on_progress else None,
+        on_progress=on_progress,
     )
     PreparedClips(location / PREPARED, frames, size).finish()
     return len(done.rejected)

@@ -10,7 +10,12 @@ from typing import Any
 
 from evatok.assignment.space import AssignmentSpace
 from evatok.stages.fitting import train_problems
-from evatok.stages.reconstruction import TokenizerTraining, describe_tokenizer, train_tokenizer
+from evatok.stages.reconstruction import (
+    TokenizerTraining,
+    describe_tokenizer,
+    tokenizer_metrics,
+    train_tokenizer,
+)
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.reconstruction import RandomAssignments
 
@@ -35,4 +40,5 @@ STAGE = Stage(
     check=_check,
     weights=lambda config: config.losses.pretrained,
     describe=describe_tokenizer,
+    metrics=tokenizer_metrics,
 )

@@ -11,10 +11,10 @@ from pydantic import Field
 from evatok.config import OPERATIONAL, Config
 from evatok.losses import LossConfig
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
-from evatok.stages.fitting import fit_on_clips
+from evatok.stages.fitting import fit_on_clips, metric_names
 from evatok.stages.stage import Description, StageContext
 from evatok.training.loop import TrainConfig
-from evatok.training.reconstruction import Assigner, TokenizerTask
+from evatok.training.reconstruction import Assigner, TokenizerTask, evaluated
 from evatok.video.decode import ClipFormat
 from evatok.video.index import ClipIndex
 
@@ -61,3 +61,8 @@ def describe_tokenizer(config: TokenizerTraining, experiment: Any) -> Descriptio
         models={"tokenizer": sum(parameter.numel() for parameter in model.parameters())},
         notes=(f"{config.train.steps:,} steps of {config.train.global_batch} clips: {clips:,} clips",),
     )
+
+
+def tokenizer_metrics(config: TokenizerTraining) -> tuple[str, ...]:
+    """``Stage.metrics`` of a stage that trains a tokenizer."""
+    return metric_names(evaluated(config.losses) if config.held_out and config.train.eval_every else ())

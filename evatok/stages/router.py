@@ -18,10 +18,10 @@ from evatok.models.layers import TransformerSize
 from evatok.models.router import Router, RouterConfig, RouterObjective
 from evatok.models.tokenizer import Size, TokenizerConfig
 from evatok.stages.curate import load_statistics
-from evatok.stages.fitting import fit_on_clips, train_problems
+from evatok.stages.fitting import fit_on_clips, metric_names, train_problems
 from evatok.stages.stage import Description, Stage, StageContext
 from evatok.training.loop import TrainConfig
-from evatok.training.routing import RouterTask
+from evatok.training.routing import EVALUATED, RouterTask
 from evatok.video.decode import ClipFormat
 from evatok.video.index import ClipIndex
 
@@ -109,4 +109,5 @@ STAGE = Stage(
     outputs=("model/", "curves/"),
     check=_check,
     describe=_describe,
+    metrics=lambda config: metric_names(EVALUATED if config.held_out and config.train.eval_every else ()),
 )

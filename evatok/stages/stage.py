@@ -113,6 +113,8 @@ class Stage:
     what is allowed) for everything that a single field's type cannot say.
     ``weights``: called with its config; names of the pretrained weights that it loads (``evatok.weights``).
     ``describe``: called with (config, experiment); what ``evatok plan`` shows.
+    ``metrics``: called with the config; names of the metrics that ``run`` returns and a sweep may search by
+    (``eval_`` ones where there are held-out clips). Without it only a run can tell.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Stage:
     check: Callable[[Any, Any], Iterable[tuple[str, str]]] | None = None
     weights: Callable[[Any], Iterable[str]] | None = None
     describe: Callable[[Any, Any], Description] | None = None
+    metrics: Callable[[Any], tuple[str, ...]] | None = None
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """Names of the stages that this stage reads under ``config``."""

@@ -14,7 +14,12 @@ from pydantic import Field
 
 from evatok.assignment.policies import Policy, RouterPolicy, Sources
 from evatok.stages.fitting import train_problems
-from evatok.stages.reconstruction import TokenizerTraining, describe_tokenizer, train_tokenizer
+from evatok.stages.reconstruction import (
+    TokenizerTraining,
+    describe_tokenizer,
+    tokenizer_metrics,
+    train_tokenizer,
+)
 from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.reconstruction import Assigner
@@ -72,4 +77,5 @@ STAGE = Stage(
     check=_check,
     weights=lambda config: config.losses.pretrained,
     describe=describe_tokenizer,
+    metrics=tokenizer_metrics,
 )

@@ -17,6 +17,8 @@ from evatok.models.sampling import uniform
 from evatok.models.sequence import IGNORED, NO_CLASS, pack
 from evatok.training.tasks import Batch, Metrics, Modules, Task
 
+EVALUATED = ("loss", "length_loss", "code_loss", "tokens")
+
 
 @dataclass(frozen=True)
 class GenerationTask(Task):
@@ -27,6 +29,10 @@ class GenerationTask(Task):
     config: GeneratorConfig
     mean_tokens: float
     seed: int
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        return EVALUATED
 
     def build(self, device: torch.device) -> dict[str, nn.Module]:
         return {"model": Generator(self.config).to(device)}

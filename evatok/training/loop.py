@@ -263,7 +263,10 @@ class _Run:
                     sums[name] = sums[name] + value * size
         engine.module.train()
         means = mean_over_ranks({name: value / samples for name, value in sums.items()}, self.world)
-        return self.task.summary(means)
+        found = self.task.summary(means)
+        if missing := set(self.task.evaluated) - set(found):
+            raise RuntimeError(f"the task says that it evaluates {sorted(missing)}, and did not")
+        return found
 
     def state(self) -> TrainState | None:
         """Whole state on rank 0, None on the others; every rank calls it."""

@@ -44,6 +44,12 @@ class RandomAssignments:
         return lambda clips, positions: self.space.sample(positions.cpu(), self.seed)
 
 
+def evaluated(terms: LossConfig) -> tuple[str, ...]:
+    """What an evaluation under these losses measures."""
+    perceptual = bool(terms.perceptual) and terms.perceptual_kind != "none"
+    return ("psnr", "tokens", *(["perceptual"] if perceptual else []))
+
+
 @dataclass
 class TokenizerTask(Task):
     """Reconstruction, quantizer, alignment and adversarial terms; a term of weight 0 builds nothing.
@@ -56,6 +62,10 @@ class TokenizerTask(Task):
     tokenizer: TokenizerConfig
     terms: LossConfig
     assignments: Callable[[torch.device], Assigner]
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        return evaluated(self.terms)
 
     def build(self, device: torch.device) -> dict[str, nn.Module]:
         terms = self.terms

@@ -16,6 +16,11 @@ from evatok.assignment.table import RewardRows, RewardTable
 from evatok.models.router import PricedHead, Router, RouterConfig, RouterObjective
 from evatok.training.tasks import Batch, Metrics, Modules, Task
 
+EVALUATED = (
+    *("loss", "reward", "reward_best", "reward_worst", "top1", "top5"),
+    *("tokens", "quality", "reward_percentile"),
+)
+
 
 @dataclass
 class RouterTask(Task):
@@ -34,6 +39,10 @@ class RouterTask(Task):
     weights: RewardWeights
     statistics: RewardStatistics
     seed: int
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        return EVALUATED
 
     def build(self, device: torch.device) -> dict[str, nn.Module]:
         found = RewardTable.open(self.table).load([self.metric])

@@ -28,6 +28,11 @@ class Task(ABC):
 
     watched: tuple[str, ...] = ()
 
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Names of what ``summary`` gives at the least; a sweep's objectives are checked by them."""
+        return ()
+
     @abstractmethod
     def build(self, device: torch.device) -> dict[str, nn.Module]:
         """The modules to train by engine name, ``model`` among them; what is frozen stays inside the task."""

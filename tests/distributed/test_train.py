@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.util.queue import Queue
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import toy
@@ -90,6 +91,38 @@ def test_a_driver_that_comes_back_goes_on_from_the_last_checkpoint(
     # The second attempt has another number of workers, too.
     ray_run(tmp_path / "run", task, workers=1)
     assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted.folder), rel=1e-5)
+
+
+def test_progress_that_is_lost_ends_no_training(
+    uninterrupted: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues: list[Queue] = []
+
+    def made(**options: Any) -> Queue:
+        queues.append(Queue(**options))
+        return queues[-1]
+
+    def lose(*news: Any) -> None:
+        ray.kill(queues[-1].actor)
+
+    monkeypatch.setattr("evatok.distributed.train.Queue", made)
+    ray_run(tmp_path, toy.ToyTask(), listener=lose, max_failures=0)
+    assert losses(tmp_path) == losses(uninterrupted.folder)
+
+
+def test_progress_comes_by_the_drivers_own_node(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def refused(actor_options: dict[str, Any]) -> Queue:
+        asked.append(actor_options["scheduling_strategy"])
+        raise RuntimeError("asked enough")
+
+    monkeypatch.setattr("evatok.distributed.train.Queue", refused)
+    with pytest.raises(RuntimeError, match="asked enough"):
+        ray_run(tmp_path, toy.ToyTask(), listener=lambda *news: None)
+    assert (asked[0].node_id, asked[0].soft) == (ray.get_runtime_context().get_node_id(), False)
 
 
 def test_a_diverged_loss_is_told_to_the_user_and_not_retried(ray_cluster: str, tmp_path: Path) -> None:

@@ -2,14 +2,23 @@
 
 import functools
 import random
+import sys
+import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 from pydantic import ValidationError
 
-from evatok.distributed.tune import Asha, Finished, Parameter, search
+from evatok.artifacts import Location
+from evatok.distributed.fanout import ShardOutput, fan_out
+from evatok.distributed.schedule import Shard
+from evatok.distributed.tune import Asha, Finished, MissingObjectiveError, Parameter, search
+from evatok.errors import UserError
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SPACE = {"x": Parameter(uniform=(0.0, 1.0)), "shape": Parameter(choice=([1, 2], [3]))}
 
@@ -28,9 +37,25 @@ def quadratic(folder: Path):
 
 
 def run(
-    trial, objectives, *, finished=(), unfinished=(), trials=4, searcher="random", scheduler=None, seed=1
-):
-    ends: list[Finished] = []
+    trial,
+    objectives,
+    *,
+    finished=(),
+    unfinished=(),
+    trials=4,
+    searcher="random",
+    scheduler=None,
+    seed=1,
+    cpus=1,
+    ends=None,
+) -> list[Finished]:
+    ends = [] if ends is None else ends
+    screen = threading.Lock()  # like a terminal's progress bars, cannot be pickled
+
+    def show(over: int) -> None:
+        with screen:
+            pass
+
     search(
         trial,
         SPACE,
@@ -41,10 +66,10 @@ def run(
         searcher=searcher,
         scheduler=scheduler,
         seed=seed,
-        cpus=1,
+        cpus=cpus,
         gpus=0,
         concurrency=2,
-        on_progress=lambda over: None,
+        on_progress=show,
         on_end=ends.append,
     )
     return ends
@@ -86,6 +111,7 @@ def test_trial_that_falls_behind_is_stopped_and_its_cpu_is_free(ray_cluster, tmp
     best = min(ends, key=lambda one: one.values["x"])
     assert best.state == "done"
     assert all(one.metrics["loss"] == one.values["x"] for one in ends)
+    assert all((one.step == 29) == (one.state == "done") for one in ends)
     for _ in range(100):
         if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
             return
@@ -102,6 +128,41 @@ def test_failing_trial_does_not_end_the_search(ray_cluster, tmp_path):
     ends = run(trial, {"loss": "min"}, trials=3, seed=0)
     assert {one.state for one in ends} == {"done", "failed"}
     assert all((one.state == "failed") == (one.values["shape"] == [3]) for one in ends)
+    assert all(one.error.strip().endswith("ValueError: no") for one in ends if one.state == "failed")
+
+
+def test_error_of_a_trial_that_is_the_users_is_its_message_alone(ray_cluster):
+    def trial(values, report):
+        raise UserError("clip 7: too dark")
+
+    (end,) = run(trial, {"loss": "min"}, trials=1)
+    assert (end.error, end.mistake) == ("clip 7: too dark", True)
+
+
+def test_missing_objective_ends_the_search_at_the_first_trial(ray_cluster):
+    def trial(values, report):
+        raise MissingObjectiveError("no loss here")
+
+    ends = []
+    with pytest.raises(MissingObjectiveError, match="no loss here"):
+        run(trial, {"loss": "min"}, trials=9, ends=ends)
+    assert len(ends) < 4
+
+
+def halves(spec, state):
+    return ShardOutput(pa.table({"n": [spec / 2]}))
+
+
+@pytest.mark.timeout(240)
+def test_fan_out_in_a_trial_uses_cpus_that_the_trial_does_not_hold(ray_cluster, tmp_path):
+    def trial(values, report):
+        target = Location.parse(tmp_path / str(values["x"]))
+        done = fan_out([Shard("a.parquet", 1, 3)], halves, target, key="k")
+        return {"loss": values["x"], "rows": float(done.rows)}
+
+    for cpus in (1, 0.01):  # that of a trial that trains itself, and of one whose workers do
+        ends = run(trial, {"loss": "min"}, trials=2, cpus=cpus, seed=int(100 * cpus))
+        assert [(one.state, one.metrics["rows"]) for one in ends] == [("done", 1.0)] * 2
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,11 @@ def test_good_and_broken_files_are_each_accounted_for_once(ray_cluster, videos, 
     good[1].rename(folder / "deep" / "moved.MP4")
     told = []
     location = Location.parse(tmp_path / "index")
-    counts = build_index(folder_index(folder), location, seed=0, on_progress=lambda *done: told.append(done))
+    counts = build_index(folder_index(folder), location, seed=0, on_progress=told.append)
     assert counts["videos"] == 8
     assert counts["clips"] == 16 == counts["train_clips"] + counts["test_clips"]
     assert counts["rejected_by_code"] == {"empty": 1, "unreadable": 2}
-    assert told[-1] == (10, 10)
+    assert (told[-1].items, told[-1].total) == (10, 10)
     index = ClipIndex.open(location)
     clips = index.take(pc.indices_nonzero(pc.is_valid(index.column("uri"))).to_numpy().astype("int64"))
     assert len(set(clips["clip_id"].to_pylist())) == 16

@@ -41,6 +41,14 @@ def test_a_resumed_run_has_the_same_losses_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(ended.weights[name], ended_again.weights[name]) for name in ended.weights)
 
 
+def test_an_evaluation_that_lacks_what_its_task_declares_is_a_fault(tmp_path: Path) -> None:
+    class Forgetful(ToyTask):
+        evaluated = ("error", "percentile")
+
+    with pytest.raises(RuntimeError, match=r"evaluates \['percentile'\], and did not"):
+        toy_run(tmp_path, Forgetful(), evaluation=[toy_samples(torch.arange(4))])
+
+
 def test_a_finished_run_only_gives_its_weights_again(tmp_path: Path) -> None:
     _, ended = toy_run(tmp_path)
     rows, again = toy_run(tmp_path)
