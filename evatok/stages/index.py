@@ -167,9 +167,8 @@ def _file_states(videos: list[Video]) -> tuple[list[int | None], list[int | None
     sought = [k for k, video in enumerate(videos) if video.problem is None]
     if sought:
         # These videos are of one source and live on one file system.
-        first = Location.parse(videos[sought[0]].uri)
-        scheme = first.uri.removesuffix(first.path)
-        infos = first.fs.get_file_info([videos[k].uri.removeprefix(scheme) for k in sought])
+        places = [Location.parse(videos[k].uri) for k in sought]
+        infos = places[0].fs.get_file_info([place.path for place in places])
         for k, info in zip(sought, infos):
             if info.type == pafs.FileType.File:
                 sizes[k], changes[k] = info.size, info.mtime_ns

@@ -25,7 +25,7 @@ class FolderSource(Config):
         count = 0
         for name in files(root, SUFFIXES):
             count += 1
-            yield Video(name, f"{root.uri}/{name}")
+            yield Video(name, root.address(name))
         if not count:
             raise UserError(
                 f"{self.path}: no video file in this folder. Looked for {', '.join(SUFFIXES)} at any depth."

@@ -13,10 +13,9 @@ def rows(uri: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
 
     Raises UserError when the file is not there or lacks one of `columns`.
     """
-    folder, _, name = uri.rpartition("/")
-    location = Location.parse(folder or ".")
+    location = Location.parse(uri)
     try:
-        stream = location.fs.open_input_stream(f"{location.path}/{name}")
+        stream = location.fs.open_input_stream(location.path)
     except (FileNotFoundError, OSError) as error:
         raise UserError(f"{uri}: cannot be read ({error}).") from None
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="") as text:

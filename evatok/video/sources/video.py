@@ -65,4 +65,4 @@ def below(root: Location, name: str) -> str | None:
     """The URI of `name` under `root`; None when it would leave the root."""
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         return None
-    return f"{root.uri}/{name}"
+    return root.address(name)
