@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
@@ -40,6 +41,7 @@ from evatok.errors import UserError
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 CURVES = "curves"
+_CHUNK = 1 << 24  # bytes copied at once
 _PARTIAL = ".partial-"  # prefix of files and folders that are not published yet
 
 
@@ -116,18 +118,26 @@ class Location:
 
         Locally by rename; object stores publish when the upload is closed.
         """
+        self._publish(name, io.BytesIO(data))
+
+    def write_file(self, name: str, path: Path) -> None:
+        """Publish the content of a local file, as ``write_bytes`` does."""
+        with path.open("rb") as source:
+            self._publish(name, source)
+
+    def _publish(self, name: str, source: IO[bytes]) -> None:
         folder = self.local()
         if folder is None:
             self.fs.create_dir(self._at(name).rpartition("/")[0], recursive=True)
             with self.fs.open_output_stream(self._at(name)) as stream:
-                stream.write(data)
+                shutil.copyfileobj(source, stream, _CHUNK)
             return
         target = folder / _checked(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
         try:
             with partial.open("wb") as file:
-                file.write(data)
+                shutil.copyfileobj(source, file, _CHUNK)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
