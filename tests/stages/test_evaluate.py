@@ -141,7 +141,9 @@ def test_a_clip_that_changed_since_it_was_curated_is_left_out(in_process, inputs
     place = Location.parse(tmp_path / "index")
     write_index(place, rows.set_column(1, "uri", pa.array(uris)), REJECTED_SCHEMA.empty_table())
     changed = inputs | {"index": Artifact(place, inputs["index"].manifest)}
-    where = context(changed, tmp_path / "evaluate", policies=[{"kind": "oracle"}, {"kind": "static"}])
+    where = context(
+        changed, tmp_path / "evaluate", policies=[{"kind": "oracle"}, {"kind": "uniform", "count": 2}]
+    )
     with in_process():
         run(where)
     table = where.location.read_table("clips.parquet")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
-from evatok.stages.index import IndexConfig, build_index
-from evatok.video.index import ClipIndex
-from evatok.video.sources import FolderSource, SyntheticSource, WebVidSource
+from evatok.stages.index import _PROBED, IndexConfig, _known, _place_in, _probe_shard, _write, build_index
+from evatok.stages.listing import Listing
+from evatok.video.decode import DecodeError, StorageError
+from evatok.video.index import ClipIndex, IndexWriter
+from evatok.video.sources import FolderSource, SyntheticSource, Video, WebVidSource
 from evatok.video.synthetic import write_videos
 
 
@@ -82,6 +86,107 @@ def test_a_second_index_probes_new_and_changed_files_only(ray_cluster, videos, t
     # Another way to cut needs every file again; another share of test videos none.
     assert build_index(folder_index(folder, test_fraction=0.5), location, seed=0)["probed"] == 0
     assert build_index(folder_index(folder, stride=8), location, seed=0)["probed"] == 8
+
+
+def test_an_index_that_was_killed_is_resumed_although_a_file_came_and_one_was_mended(
+    ray_cluster, videos, tmp_path, monkeypatch
+):
+    from evatok.distributed.fanout import Job, make_shard
+
+    folder = tmp_path / "growing"
+    shutil.copytree(videos, folder)
+    location = Location.parse(tmp_path / "index")
+    names = sorted(file.name for file in folder.glob("*.mp4"))
+
+    def direct(function, uri, *rest):
+        if uri.endswith(names[0]):
+            raise DecodeError("missing", f"{uri}: no permission")
+        return function(uri, *rest)
+
+    def killed(shards, work, target, *, key, **_):
+        """The driver dies before the last shard; one file was not readable by us at that time."""
+        for shard in shards[:-1]:
+            make_shard(Job(work, None, target, key), direct, shard)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evatok.distributed.fanout.fan_out", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(folder_index(folder), location, seed=0)
+    shutil.copy(folder / names[0], folder / "aa_new.mp4")
+    counts = build_index(folder_index(folder), location, seed=0)
+    assert counts["videos"] == 9
+    assert counts["probed"] == 3  # the last shard, the new file and the one without permission
+
+
+def test_a_storage_that_fails_ends_the_task_and_rejects_nothing(tmp_path):
+    listing, _, _ = many_videos(Location.parse(tmp_path), 3, 1)
+    config = folder_index("/videos")
+
+    def out_of_order(function, uri, *rest):
+        raise StorageError(f"{uri}: 503 Slow Down")
+
+    with pytest.raises(StorageError, match=r"0000000\.mp4: 503"):
+        _probe_shard((config, listing.location, listing.version, listing.rows), out_of_order)
+
+
+def test_the_clips_of_many_videos_are_written_in_bounded_memory(tmp_path):
+    """200,000 videos of 5 clips: a million rows cost the driver less than their size."""
+    location = Location.parse(tmp_path)
+    config = IndexConfig(source=FolderSource(path="/videos"), test_fraction=0.1)
+    listing, videos, place = many_videos(location, 200_000, 5)
+    before = pa.total_allocated_bytes()
+    peaks = []
+    write = IndexWriter.write
+
+    def watched(self, clips):
+        write(self, clips)
+        peaks.append(pa.total_allocated_bytes() - before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IndexWriter, "write", watched)
+        counts = _write(config, location, listing, videos, place)
+    assert (counts["videos"], counts["clips"]) == (199_999, 999_995)
+    assert max(peaks) < 64 << 20
+    index = ClipIndex.open(location)
+    rows = index.take(np.array([4, 5, 999_994]), ["clip_id", "uri", "start"]).to_pylist()
+    assert [row["clip_id"] for row in rows] == [
+        "0000001.mp4#00004",
+        "0000002.mp4#00000",
+        "0199999.mp4#00004",
+    ]
+    assert rows[2]["start"] == 4.0
+    assert location.read_table("probed.parquet").num_rows == 200_000
+    assert _place_in(_known(config, location), listing).min() >= -1
+
+
+def many_videos(location, count, clips):
+    """A listing of files that do not exist, and what probes of them found; the first is damaged."""
+    listed = (
+        Video(
+            name := f"{k:07d}.mp4",
+            f"s3://bucket-of-many/videos/{name}",
+            caption="a dog " * 9,
+            state=(k + 1, 7),
+        )
+        for k in range(count)
+    )
+    listing = Listing.write(listed, location, seed=0)
+    starts = pa.ListArray.from_arrays(
+        pa.array(np.arange(count + 1) * clips, pa.int32()), np.tile(np.arange(float(clips)), count)
+    )
+    damaged = pa.array(np.arange(count) == 0)
+    columns = {
+        "key": listing.keys,
+        "bytes": listing.bytes,
+        "modified": listing.modified,
+        "width": np.full(count, 640, np.int32),
+        "height": np.full(count, 360, np.int32),
+        "starts": pc.if_else(damaged, None, starts),
+        "code": pc.if_else(damaged, "unreadable", pa.scalar(None, pa.string())),
+        "detail": pc.if_else(damaged, "damaged", pa.scalar(None, pa.large_string())),
+    }
+    return listing, pa.table(columns, schema=_PROBED), np.arange(count)
 
 
 def test_synthetic_videos_bring_their_truth(ray_cluster, tmp_path):

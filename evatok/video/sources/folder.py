@@ -23,9 +23,9 @@ class FolderSource(Config):
         """Raises UserError when there is no such folder or no video file in it."""
         root = folder(self.path, "index.source.path")
         count = 0
-        for name in files(root, SUFFIXES):
+        for name, state in files(root, SUFFIXES):
             count += 1
-            yield Video(name, root.address(name))
+            yield Video(name, root.address(name), state=state)
         if not count:
             raise UserError(
                 f"{self.path}: no video file in this folder. Looked for {', '.join(SUFFIXES)} at any depth."
