@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from PIL import Image
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
+from evatok.experiment import read_experiment
+from evatok.stages.fanning import ClipReader
 from evatok.stages.index import _PROBED, IndexConfig, _known, _place_in, _probe_shard, _write, build_index
 from evatok.stages.listing import Listing
-from evatok.video.decode import DecodeError, StorageError
+from evatok.video.decode import ClipFormat, DecodeError, StorageError
 from evatok.video.index import ClipIndex, IndexWriter
 from evatok.video.sources import FolderSource, SyntheticSource, Video, WebVidSource
 from evatok.video.synthetic import write_videos
@@ -199,6 +203,31 @@ def test_synthetic_videos_bring_their_truth(ray_cluster, tmp_path):
     assert rows[0]["motion"][2:] == rows[1]["motion"][:2]
     assert ClipIndex.open(location).labels() == ["drift", "orbit", "pan", "spin", "swarm", "zoom"]
     assert build_index(config, location, seed=0)["probed"] == 0
+
+
+def test_a_folder_of_images_becomes_clips_of_one_frame(ray_cluster, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    originals = {}
+    for number, suffix in enumerate(("png", "jpg", "PNG", "jpeg", "webp")):
+        blocks = random.integers(0, 255, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        image = Image.fromarray(blocks)
+        image.save(folder / f"{number}.{suffix}", quality=95)
+        originals[f"{number}.{suffix}#00000"] = blocks
+    experiment = read_experiment(Path(__file__).parents[2] / "experiments" / "image.yaml")
+    config = experiment.index.model_copy(update={"source": FolderSource(path=str(folder))})
+    location = Location.parse(tmp_path / "index")
+    counts = build_index(config, location, seed=0)
+    assert (counts["clips"], counts["rejected"]) == (5, 0)
+    found, clips, rejected = ClipReader(ClipIndex.open(location)).read(
+        np.arange(5), ClipFormat(frames=config.frames, size=48)
+    )
+    assert not rejected
+    for entry, clip in zip(found, clips):
+        assert clip.shape == (3, 1, 48, 48)
+        difference = clip[:, 0].transpose(1, 2, 0).astype(int) - originals[entry["clip_id"]][:, 8:56]
+        assert np.abs(difference).mean() < 25
 
 
 def test_a_mixture_remembers_whose_turn_comes_how_often(ray_cluster, videos, tmp_path):

@@ -12,7 +12,8 @@ from evatok.artifacts import Location
 from evatok.errors import UserError
 from evatok.video.decode import Reason
 
-OUTSIDE: tuple[Reason, str] = ("outside", "its path leaves the data root")
+OUTSIDE: tuple[Reason, str] = ("outside", "its path leaves the data root, or can be no path")
+_LONGEST_NAME = 255  # bytes, on every file system in use
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def folder(uri: str, purpose: str) -> Location:
 
 
 def below(root: Location, name: str) -> str | None:
-    """The URI of `name` under `root`; None when it would leave the root."""
-    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+    """The URI of `name` under `root`; None when it would leave the root or no file can have it."""
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "\0" in name:
+        return None
+    if root.local() is not None and max(len(part.encode()) for part in parts) > _LONGEST_NAME:
         return None
     return root.address(name)
