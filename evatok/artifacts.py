@@ -12,7 +12,9 @@ import _thread
 import builtins
 import contextlib
 import fcntl
+import functools
 import hashlib
+import io
 import json
 import os
 import platform
@@ -26,7 +28,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -39,6 +42,7 @@ from evatok.errors import UserError
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 CURVES = "curves"
+_CHUNK = 1 << 24  # bytes copied at once
 _PARTIAL = ".partial-"  # prefix of files and folders that are not published yet
 
 
@@ -54,23 +58,31 @@ class Location:
     def parse(cls, uri: str | Path) -> Location:
         """A local path (absolute or relative to the working directory) or a URI.
 
-        Raises UserError when no file system answers to the URI's scheme.
+        All addresses of one bucket share one client. Raises UserError when no file system answers to the
+        URI's scheme.
         """
-        text = str(uri)
+        text = str(uri).removeprefix("file://")
         if "://" not in text:
             path = str(Path(text).expanduser().absolute())
             return cls(pafs.LocalFileSystem(), path, path)
-        if text.startswith("file://"):
-            return cls.parse(text.removeprefix("file://"))
+        root, below, query = _split(text)
         try:
-            fs, path = pafs.FileSystem.from_uri(text)
+            fs, base = _file_system(root + query)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             fs, path = _fsspec(text)
-        return cls(fs, path.rstrip("/"), text.rstrip("/"))
+            return cls(fs, path.rstrip("/"), text.rstrip("/"))
+        path = f"{base.rstrip('/')}/{unquote(below)}" if below else base
+        return cls(fs, path, f"{root}/{below}{query}" if below else root + query)
 
     def __truediv__(self, name: str) -> Location:
-        checked = _checked(name)
-        return Location(self.fs, f"{self.path}/{checked}", f"{self.uri}/{checked}")
+        return Location(self.fs, f"{self.path}/{_checked(name)}", self.address(name))
+
+    def address(self, name: str) -> str:
+        """The URI of a file below this folder: `parse` finds it again, whatever characters it has."""
+        if isinstance(self.fs, (pafs.LocalFileSystem, pafs.PyFileSystem)):
+            return f"{self.uri}/{name}"
+        root, below, query = _split(self.uri)
+        return "/".join(filter(None, (root, below, quote(name)))) + query
 
     def __str__(self) -> str:
         return self.uri
@@ -107,18 +119,26 @@ class Location:
 
         Locally by rename; object stores publish when the upload is closed.
         """
+        self._publish(name, io.BytesIO(data))
+
+    def write_file(self, name: str, path: Path) -> None:
+        """Publish the content of a local file, as ``write_bytes`` does."""
+        with path.open("rb") as source:
+            self._publish(name, source)
+
+    def _publish(self, name: str, source: IO[bytes]) -> None:
         folder = self.local()
         if folder is None:
             self.fs.create_dir(self._at(name).rpartition("/")[0], recursive=True)
             with self.fs.open_output_stream(self._at(name)) as stream:
-                stream.write(data)
+                shutil.copyfileobj(source, stream, _CHUNK)
             return
         target = folder / _checked(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
         try:
             with partial.open("wb") as file:
-                file.write(data)
+                shutil.copyfileobj(source, file, _CHUNK)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
@@ -436,6 +456,21 @@ def _checked(name: str) -> str:
     if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
         raise ValueError(f"not a name below a folder: {name!r}")
     return name
+
+
+def _split(uri: str) -> tuple[str, str, str]:
+    """``scheme://bucket``, the path below it, and ``?options`` or nothing; the path is percent-encoded."""
+    address, mark, query = uri.partition("?")
+    scheme, _, rest = address.partition("://")
+    authority, _, path = rest.partition("/")
+    return f"{scheme}://{authority}", path.rstrip("/"), mark + query
+
+
+@functools.lru_cache(maxsize=64)
+def _file_system(root: str) -> tuple[Any, str]:
+    """The client of a bucket, and the bucket's path on it. Making one may ask the network."""
+    found: tuple[Any, str] = pafs.FileSystem.from_uri(root)
+    return found
 
 
 def _fsspec(uri: str) -> tuple[Any, str]:

@@ -90,8 +90,10 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     if text.endswith((".yaml", ".yml")) or not Location.parse(text).exists("experiment.yaml"):
         return load(text, experiment_type(), overrides)
     data = Location.parse(text).read_bytes("experiment.yaml")
-    here = Location.parse(text).uri.rpartition("/")  # wherever the folder was moved since it was written
-    moved = [f"storage={json.dumps(here[0])}", f"name={json.dumps(here[2])}"]
+    # Wherever the folder was moved since it was written.
+    address, mark, options = Location.parse(text).uri.partition("?")
+    parent, _, name = address.rpartition("/")
+    moved = [f"storage={json.dumps(parent + mark + options)}", f"name={json.dumps(name)}"]
     return parse(data, experiment_type(), f"{text}/experiment.yaml", [*moved, *overrides])
 
 

@@ -258,3 +258,25 @@ def test_waiting_for_a_run_keeps_no_files_open(tmp_path: Path, short_lease):
         with pytest.raises(UserError), exclusive(location, patience=0.5):
             pass
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_addresses_keep_their_options_and_any_character_of_a_name():
+    options = "?region=eu-west-1&endpoint_override=localhost:9"
+    root = Location.parse(f"s3://bucket/my%20data/{options}")
+    assert (root.path, root.uri) == ("bucket/my data", f"s3://bucket/my%20data{options}")
+    for name in ("a b.mp4", "50%.mp4", "what?.mp4", "deep/ü#1.mp4"):
+        again = Location.parse(root.address(name))
+        assert again.path == f"bucket/my data/{name}"
+        assert again.uri.endswith(options)
+        assert again.fs is root.fs
+        assert (root / name).uri == again.uri
+    assert Location.parse("s3://bucket/with space?region=eu-west-1").path == "bucket/with space"
+    assert Location.parse(f"s3://bucket{options}").address("a") == f"s3://bucket/a{options}"
+    other = Location.parse(f"s3://bucket/a{options}&scheme=http")
+    assert other.fs is not root.fs
+
+
+def test_names_of_local_files_and_of_fsspec_stay_as_they_are(tmp_path):
+    for root in (Location.parse(tmp_path), Location.parse("memory://bucket")):
+        again = Location.parse(root.address("50% of what?.mp4"))
+        assert again.path == f"{root.path}/50% of what?.mp4"

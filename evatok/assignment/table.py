@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import torch
 from torch import Tensor
@@ -31,6 +32,16 @@ class RewardRows:
     def __len__(self) -> int:
         return len(self.clip_id)
 
+    def among(self, row: Tensor) -> "RewardRows":
+        """Those of the clips that are at these rows of the clip index."""
+        kept = torch.isin(self.row, row)
+        return RewardRows(
+            [clip for clip, keep in zip(self.clip_id, kept) if keep],
+            self.row[kept],
+            [split for split, keep in zip(self.split, kept) if keep],
+            {metric: quality[kept] for metric, quality in self.quality.items()},
+        )
+
 
 def to_table(rows: RewardRows) -> pa.Table:
     """The rows as they are stored."""
@@ -46,11 +57,14 @@ def to_table(rows: RewardRows) -> pa.Table:
 
 
 def side_by_side(tables: Sequence[pa.Table]) -> pa.Table:
-    """Join stored tables of the same clips, each with the next assignments of the space, into one."""
-    parts = [_rows(_batch(table), _metrics(table.schema)) for table in tables]
+    """Join stored tables of the same clips, each with the next assignments of the space, into one.
+
+    A clip that one of them lacks, because it could not be decoded that time, is left out.
+    """
+    shared = set.intersection(*(set(table["row"].to_pylist()) for table in tables))
+    kept = [table.filter(pc.is_in(table["row"], pa.array(shared, pa.int64()))) for table in tables]
+    parts = [_rows(_batch(table), _metrics(table.schema)) for table in kept]
     first = parts[0]
-    if any(part.clip_id != first.clip_id for part in parts):
-        raise ValueError("the parts of a reward table hold different clips")
     joined = {name: torch.cat([part.quality[name] for part in parts], 1) for name in first.quality}
     return to_table(replace(first, quality=joined))
 

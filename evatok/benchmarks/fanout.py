@@ -31,6 +31,7 @@ from evatok.metrics.perceptual import load_quality
 from evatok.models.layers import TransformerSize
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
 from evatok.stages.curate import Scorer, score
+from evatok.stages.fanning import ClipReader
 from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, write_index
 from evatok.video.synthetic import write_videos
 
@@ -188,7 +189,7 @@ def _scorer(folder: Path, clips: int) -> Scorer:
     write_index(index, pa.Table.from_pylist(rows, SCHEMA), REJECTED_SCHEMA.empty_table())
     torch.manual_seed(0)
     metrics = tuple(load_quality(name) for name in ("dssim", "psnr"))
-    return Scorer(ClipIndex.open(index), VideoTokenizer(PROXY), metrics, "cpu", 1 << 30)
+    return Scorer(ClipReader(ClipIndex.open(index)), VideoTokenizer(PROXY), metrics, "cpu", 1 << 30)
 
 
 def _shards(config: FanoutBenchConfig, workers: int) -> list[Shard]:

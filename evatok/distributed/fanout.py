@@ -244,18 +244,37 @@ def read_record(target: Location, shard: Shard, key: str) -> ShardRecord | None:
         data = target.read_bytes(shard.name)
     except FileNotFoundError:
         return None
-    try:
-        metadata = pq.read_metadata(pa.BufferReader(data))
-        note = json.loads(metadata.metadata[NOTE])
-        whole = _digest(data.replace(note["digest"].encode(), BLANK)) == note["digest"]
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+    note = _note(data)
+    if note is None:
         log.warning("shard %s/%s is damaged and will be made again", target.uri, shard.name)
         return None
     if (note["key"], note["items"]) != (key, shard.items):
         return None
-    return ShardRecord(shard.name, shard.items, metadata.num_rows, tuple(note["rejected"]), kept=True)
+    rows = pq.read_metadata(pa.BufferReader(data)).num_rows
+    return ShardRecord(shard.name, shard.items, rows, tuple(note["rejected"]), kept=True)
+
+
+def whole_shards(target: Location, key: str) -> list[pa.Table]:
+    """The rows of every whole shard with this key in a folder, of whatever plan, in the order of names."""
+
+    def read(name: str) -> pa.Table | None:
+        data = target.read_bytes(name)
+        note = _note(data)
+        return pq.read_table(pa.BufferReader(data)) if note and note["key"] == key else None
+
+    names = [name for name in target.list() if name.endswith(".parquet")]
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return [table for table in pool.map(read, names) if table is not None]
+
+
+def _note(data: bytes) -> dict[str, Any] | None:
+    """Our note in a shard; None when the shard is damaged."""
+    try:
+        note: dict[str, Any] = json.loads(pq.read_metadata(pa.BufferReader(data)).metadata[NOTE])
+        whole = _digest(data.replace(note["digest"].encode(), BLANK)) == note["digest"]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return note if whole else None
 
 
 def _encode(output: ShardOutput, shard: Shard, key: str) -> bytes:

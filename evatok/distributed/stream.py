@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, decode_clip
+from evatok.video.decode import ClipFormat, DecodeError, StorageError, decode_clip
 from evatok.video.guard import Guard
 from evatok.video.index import PREPARED, ClipIndex
 from evatok.video.order import Order
@@ -40,6 +40,7 @@ _BLOCK_ROWS = 48
 _POSITIONS_PER_EXECUTION = 1 << 18
 _POSITIONS_PER_READ = 1 << 16
 _NEIGHBOURS = 16  # clips in a row that may fail before the stream gives up
+_PATIENCE = (1.0, 4.0, 16.0)  # seconds to wait for a storage that fails before a clip is replaced
 
 
 def ordered_stream(
@@ -97,7 +98,6 @@ def clip_stream(
     workers: int = 1,
     batch: int | None = None,
     labels: Sequence[str] | None = None,
-    limits: MediaLimits | None = None,
     num_cpus: float = TASK_CPUS,
     label_selector: dict[str, str] | None = None,
 ) -> ray.data.Dataset:
@@ -105,12 +105,13 @@ def clip_stream(
 
     Rows: clip uint8 [C, F, H, W]; position int64; row int64, of the whole index; replaced bool; with `labels`
     also label int64, the label's place in that list or -1. A clip that cannot be decoded is replaced by its
-    successor in the index (`row` is then the successor's, and `replaced` is true). The sampling rate is the
-    index's. Random crops and flips follow from (`seed`, position). Prepared clips are used where there are.
+    successor in the index (`row` is then the successor's, and `replaced` is true). The sampling rate and the
+    limits are the index's. Random crops and flips follow from (`seed`, position). Prepared clips are used
+    where there are.
     """
     if order.clips != len(index):
         raise ValueError(f"an order of {order.clips} clips for an index of {len(index)}")
-    fetch = ClipFetch(index, clip_format, seed, tuple(labels) if labels is not None else None, limits)
+    fetch = ClipFetch(index, clip_format, seed, tuple(labels) if labels is not None else None)
     return ordered_stream(
         order,
         fetch,
@@ -243,13 +244,13 @@ class ClipFetch:
     clip_format: ClipFormat
     seed: int
     labels: tuple[str, ...] | None = None
-    limits: MediaLimits | None = None
     decode: Callable[..., NDArray[np.uint8]] = decode_clip
 
     def __call__(self, positions: NDArray[np.int64], clips: NDArray[np.int64]) -> Columns:
         size, frames = self.clip_format.size, self.clip_format.frames
         pixels = np.empty((len(clips), 3, frames, size, size), np.uint8)
-        used = self.index.take(clips).to_pylist()
+        columns = ("uri", "start", "fps") if self.labels is None else ("uri", "start", "fps", "label")
+        used = self.index.take(clips, columns).to_pylist()
         replaced = np.zeros(len(clips), bool)
         bad = self.index.known_bad()
         prepared = PreparedClips.open(self.index.location / PREPARED)
@@ -260,31 +261,33 @@ class ClipFetch:
                 for step in range(_NEIGHBOURS):
                     if step:
                         successor = (clips[k] + step) % len(self.index)
-                        used[k] = self.index.take(np.asarray([successor])).to_pylist()[0]
+                        (used[k],) = self.index.take(np.asarray([successor]), columns).to_pylist()
                         replaced[k] = True
                     if used[k]["row"] in bad:
                         continue
                     try:
-                        self._clip(decode, prepared, used[k], int(position), pixels[k])
+                        _patiently(self._clip, decode, prepared, used[k], int(position), pixels[k])
                         break
-                    except DecodeError as error:
-                        log.warning("clip %s is replaced: %s", used[k]["clip_id"], error)
-                        if error.code in ("crash", "timeout"):
-                            self.index.report_bad(used[k], error)
+                    except (DecodeError, StorageError) as error:
+                        log.warning(
+                            "clip %d at %.3f s is replaced: %s", used[k]["row"], used[k]["start"], error
+                        )
+                        if isinstance(error, DecodeError):
+                            self.index.report(used[k]["row"], error)
                 else:
                     raise RuntimeError(
                         f"{_NEIGHBOURS} clips in a row cannot be decoded, the last is {used[k]['uri']}. "
                         "Was the data moved or deleted since it was indexed?"
                     )
-        columns: Columns = {
+        found: Columns = {
             "clip": pixels,
             "row": np.asarray([clip["row"] for clip in used], np.int64),
             "replaced": replaced,
         }
         if self.labels is not None:
             places = {label: place for place, label in enumerate(self.labels)}
-            columns["label"] = np.asarray([places.get(clip["label"], -1) for clip in used], np.int64)
-        return columns
+            found["label"] = np.asarray([places.get(clip["label"], -1) for clip in used], np.int64)
+        return found
 
     @contextmanager
     def _decoder(self) -> Iterator[Callable[..., Any]]:
@@ -295,7 +298,7 @@ class ClipFetch:
         if _attempt() == 0:
             yield self.decode
             return
-        with Guard((self.limits or MediaLimits()).time_limit) as guard:
+        with Guard(self.index.limits.time_limit) as guard:
 
             def guarded(*arguments: Any, out: NDArray[np.uint8]) -> None:
                 out[:] = guard(self.decode, *arguments)
@@ -316,7 +319,18 @@ class ClipFetch:
             pixels = prepared.clip(clip["row"])
             out[:] = pixels[..., ::-1] if clip_format.drawn(draw)[1] else pixels
             return
-        decode(clip["uri"], clip["start"], clip_format, draw, self.limits, out=out)
+        decode(clip["uri"], clip["start"], clip_format, draw, self.index.limits, out=out)
+
+
+def _patiently(work: Callable[..., None], *arguments: Any) -> None:
+    """Do it, again where a storage fails that may only be busy."""
+    for seconds in _PATIENCE:
+        try:
+            return work(*arguments)
+        except StorageError as error:
+            log.warning("trying again in %g s: %s", seconds, error)
+            time.sleep(seconds)
+    return work(*arguments)
 
 
 def _attempt() -> int:

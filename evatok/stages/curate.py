@@ -28,9 +28,9 @@ from evatok.errors import UserError
 from evatok.metrics.perceptual import load_quality, pretrained
 from evatok.metrics.pixels import QualityMetric
 from evatok.models.tokenizer import VideoTokenizer
-from evatok.stages.fanning import decode_rows, fan_out_models, write_rejected
+from evatok.stages.fanning import ClipReader, fan_out_models, write_rejected
 from evatok.stages.stage import Description, Stage, StageContext
-from evatok.video.decode import ClipFormat, decode_clip
+from evatok.video.decode import ClipFormat
 from evatok.video.index import ClipIndex
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Part:
 class Scorer:
     """What every task needs; travels to the workers once."""
 
-    index: ClipIndex
+    clips: ClipReader
     proxy: VideoTokenizer
     metrics: tuple[QualityMetric, ...]
     device: str
@@ -109,17 +109,16 @@ class Scorer:
     def space(self) -> AssignmentSpace:
         return AssignmentSpace(self.proxy.choices, self.proxy.blocks)
 
+    @property
+    def form(self) -> ClipFormat:
+        return ClipFormat(frames=self.proxy.config.frames, size=self.proxy.config.size)
+
     def __call__(self) -> Scorer:
         """In a worker process: move the models to the device."""
         self.proxy.to(self.device).eval()
         for metric in self.metrics:
             metric.to(self.device)
         return self
-
-    def decode(self, entry: dict[str, Any]) -> NDArray[np.uint8]:
-        """uint8 ``[C, F, H, W]``. Raises DecodeError."""
-        form = ClipFormat(frames=self.proxy.config.frames, size=self.proxy.config.size, fps=entry["fps"])
-        return decode_clip(entry["uri"], entry["start"], form)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -128,14 +127,14 @@ def run(context: StageContext) -> dict[str, Any]:
 
     config: CurateConfig = context.config
     scorer = Scorer(
-        index=ClipIndex.open(context.inputs["index"].location),
+        clips=ClipReader(ClipIndex.open(context.inputs["index"].location)),
         proxy=VideoTokenizer.from_artifact(context.inputs["proxy"].location),
         metrics=tuple(load_quality(name) for name in config.metrics),
         device="cuda" if context.resources.use_gpu else "cpu",
         memory=round(config.memory_gib * 2**30),
     )
     space = scorer.space
-    rows = draw(scorer.index, config.clips, context)
+    rows = draw(scorer.clips.index, config.clips, context)
     parts = divide(len(rows), *_task_sizes(context), space)
     split = any(part.prefix for part in parts)
 
@@ -233,7 +232,7 @@ def score(spec: tuple[NDArray[np.int64], tuple[int, ...]], scorer: Scorer) -> Sh
     from evatok.distributed.fanout import ShardOutput
 
     rows, prefix = spec
-    found, clips, rejected = decode_rows(scorer.index, rows, scorer.decode)
+    found, clips, rejected = scorer.clips.read(rows, scorer.form)
     if clips:
         batch = torch.from_numpy(np.stack(clips)).to(scorer.device)
         quality = full(scorer.proxy, batch, scorer.space, scorer.metrics, prefix=prefix, memory=scorer.memory)

@@ -33,7 +33,7 @@ from evatok.metrics.comparison import Comparison, Point
 from evatok.metrics.frechet import I3D, FeatureStatistics, frechet_distance, precision_recall
 from evatok.metrics.perceptual import load_quality
 from evatok.models.tokenizer import VideoTokenizer
-from evatok.stages.fanning import fan_out_models
+from evatok.stages.fanning import ClipReader, fan_out_models
 from evatok.stages.judge import Judge, Setting, film_clip, score_clips, take_features, to_evidence
 from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
@@ -67,8 +67,8 @@ class EvaluateConfig(Config):
 def run(context: StageContext) -> dict[str, Any]:
     """Score, compare, film; returns the headline metrics."""
     judge, known = assemble(context)
+    known, final, evidence = score(context, judge, known)
     rewards = all_rewards(known, judge.sources, context.experiment.curate.reward.weights)
-    final, evidence = score(context, judge, known)
     points = [measure(setting, evidence, judge.sources, final, known, rewards) for setting in judge.settings]
     metric = judge.metrics[0].name
     comparison = Comparison(
@@ -135,7 +135,7 @@ def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
         )
     sources = policy_sources(context.inputs, reward_config)
     judge = Judge(
-        index=ClipIndex.open(context.inputs["index"].location),
+        clips=ClipReader(ClipIndex.open(context.inputs["index"].location)),
         tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
         metrics=tuple(load_quality(name) for name in dict.fromkeys((reward_config.quality, *table.metrics))),
         sources=sources,
@@ -146,8 +146,12 @@ def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
     return judge, known
 
 
-def score(context: StageContext, judge: Judge, known: RewardRows) -> tuple[dict[str, Tensor], Evidence]:
-    """Of N clips: quality [N, size] with the final tokenizer, and what the policies go by."""
+def score(
+    context: StageContext, judge: Judge, known: RewardRows
+) -> tuple[RewardRows, dict[str, Tensor], Evidence]:
+    """The N known clips that can still be decoded, their quality [N, size] with the final tokenizer, and what
+    the policies go by.
+    """
     from evatok.distributed.schedule import Shard
 
     shards = [
@@ -155,8 +159,8 @@ def score(context: StageContext, judge: Judge, known: RewardRows) -> tuple[dict[
         for start, stop in ranges(len(known))
     ]
     fan_out_over(context, shards, score_clips, "table", judge, "clips", judge.sources.space.size)
-    quality = RewardTable.open(context.location / "table").load([m.name for m in judge.metrics]).quality
-    return quality, to_evidence(context.location.read_table("table"))
+    scored = RewardTable.open(context.location / "table").load([m.name for m in judge.metrics])
+    return known.among(scored.row), scored.quality, to_evidence(context.location.read_table("table"))
 
 
 def compared(config: EvaluateConfig, sources: Sources) -> list[BasePolicy]:
@@ -304,7 +308,7 @@ def film(
     if shards:
         fan_out_over(context, shards, film_clip, "films", judge, "samples")
     metric = judge.metrics[0].name
-    rows = judge.index.take(known.row[chosen].numpy()).to_pylist()
+    rows = judge.clips.index.take(known.row[chosen].numpy()).to_pylist()
     clips = []
     for i, (clip, row) in enumerate(zip(chosen, rows)):
         films = context.location.read_table(f"films/{i:04d}.parquet")["mp4"].to_pylist()

@@ -11,7 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from evatok.stages.stage import StageContext
-from evatok.video.decode import DecodeError
+from evatok.video.decode import ClipFormat, DecodeError, decode_clip
+from evatok.video.guard import Guard
 from evatok.video.index import REJECTED, REJECTED_SCHEMA, ClipIndex
 
 if TYPE_CHECKING:
@@ -65,19 +66,54 @@ def fan_out_models(
     )
 
 
-def decode_rows(
-    index: ClipIndex, rows: NDArray[np.int64], decode: Callable[[dict[str, Any]], NDArray[np.uint8]]
-) -> tuple[list[dict[str, Any]], list[NDArray[np.uint8]], list[dict[str, str]]]:
-    """The rows of the index that ``decode`` can decode, their clips, and for the others what was wrong."""
-    found, clips, rejected = [], [], []
-    for entry in index.take(rows).to_pylist():
+class ClipReader:
+    """Decodes clips of an index for the tasks of a process, in a child process that can be lost.
+
+    Travels unstarted. A clip that takes the child down or never ends is noted in the index, and nobody tries
+    it again.
+    """
+
+    def __init__(self, index: ClipIndex) -> None:
+        self.index = index
+        self._guard = Guard(index.limits.time_limit)
+
+    def read(
+        self,
+        rows: NDArray[np.int64],
+        form: ClipFormat,
+        draw: Callable[[int], np.random.Generator | None] = lambda row: None,
+    ) -> tuple[list[dict[str, Any]], list[NDArray[np.uint8]], list[dict[str, str]]]:
+        """The rows of the index that can be decoded, their clips, and for the others what was wrong.
+
+        Clips are uint8 [C, F, H, W], cut as ``form`` says at the index's sampling rate; ``draw`` gives what
+        decides a row's crop and flip. Raises StorageError: that is not the fault of a clip.
+        """
+        found, clips, rejected = [], [], []
+        bad = self.index.known_bad()
+        for entry in self.index.take(rows).to_pylist():
+            try:
+                clips.append(self._clip(entry, form, draw(entry["row"]), bad))
+                found.append(entry)
+            except DecodeError as error:
+                detail = f"{entry['clip_id']}: {error.detail}"
+                rejected.append({"uri": entry["uri"], "code": error.code, "detail": detail})
+        return found, clips, rejected
+
+    def _clip(
+        self,
+        entry: dict[str, Any],
+        form: ClipFormat,
+        draw: np.random.Generator | None,
+        bad: frozenset[int],
+    ) -> NDArray[np.uint8]:
+        if entry["row"] in bad:
+            raise DecodeError("crash", f"{entry['uri']}: known to end its decoder")
+        sampled = form.model_copy(update={"fps": entry["fps"]})
         try:
-            clips.append(decode(entry))
-            found.append(entry)
+            return self._guard(decode_clip, entry["uri"], entry["start"], sampled, draw, self.index.limits)
         except DecodeError as error:
-            detail = f"{entry['clip_id']}: {error.detail}"
-            rejected.append({"uri": entry["uri"], "code": error.code, "detail": detail})
-    return found, clips, rejected
+            self.index.report(entry["row"], error)
+            raise
 
 
 def write_rejected(context: StageContext, done: FanOutSummary) -> int:

@@ -2,7 +2,7 @@
 
 Leaves ``table/*.parquet`` (a row per clip: number, label, seed, indices, lengths, features, mp4),
 ``samples.json`` with ``samples/*.mp4`` (the first clips), and with ``frechet`` also ``reference/*.parquet``
-(features of real clips).
+(features of real clips) and ``rejected.parquet`` (real clips that could not be decoded).
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from evatok.models.sampling import Requests, SamplingConfig, sample
 from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.models.tokens import Tokens
-from evatok.stages.fanning import fan_out_models
+from evatok.stages.fanning import ClipReader, fan_out_models, write_rejected
 from evatok.stages.judge import encoded
 from evatok.stages.stage import Stage, StageContext
 from evatok.stages.tokens import open_clips
 from evatok.training.token_table import read_rows
-from evatok.video.decode import ClipFormat, decode_clip
-from evatok.video.index import ClipIndex
+from evatok.video.decode import ClipFormat
 
 if TYPE_CHECKING:
-    from evatok.distributed.fanout import Progress, ShardOutput
+    from evatok.distributed.fanout import FanOutSummary, Progress, ShardOutput
 
 DECODED_AT_ONCE = (
     16  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
@@ -84,7 +83,7 @@ class Producer:
 
     generator: Generator
     tokenizer: VideoTokenizer
-    index: ClipIndex
+    clips: ClipReader
     config: GenerateConfig
     features: I3D | None
     condition: Tensor | None
@@ -126,12 +125,13 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "clips": len(table),
         "mean_tokens": pc.sum(pc.list_flatten(table["lengths"])).as_py() / len(table),
-        "clips_per_second": done,
+        "clips_per_second": (done.items - done.kept) / done.seconds,
     }
     if producer.features is not None:
-        split = np.asarray(producer.index.column("split").to_pylist())
+        split = np.asarray(producer.clips.index.column("split").to_pylist())
         real = np.random.default_rng(context.seed).permutation(np.flatnonzero(split == config.reference))
-        _fan_out(context, producer, take_features, "reference", real[: config.clips])
+        taken = _fan_out(context, producer, take_features, "reference", real[: config.clips])
+        metrics["reference_rejected"] = write_rejected(context, taken)
         metrics |= distances(context.location, producer.features.name)
     _show(context.location, table, producer.generator.config.labels)
     return metrics
@@ -148,7 +148,7 @@ def assemble(context: StageContext) -> Producer:
     return Producer(
         generator=generator,
         tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
-        index=open_clips(context),
+        clips=ClipReader(open_clips(context)),
         config=config,
         features=I3D(weights.find("i3d")) if config.frechet else None,
         condition=condition,
@@ -190,12 +190,12 @@ def take_features(rows: NDArray[np.int64], producer: Producer) -> ShardOutput:
     """One task: features of the real clips at these rows of the index."""
     from evatok.distributed.fanout import ShardOutput
 
-    shape, found = producer.tokenizer.config, []
-    for entry in producer.index.take(rows).to_pylist():
-        form = ClipFormat(frames=shape.frames, size=shape.size, fps=entry["fps"])
-        clip = torch.from_numpy(decode_clip(entry["uri"], entry["start"], form))
-        found.append({"features": _features(producer, clip.to(producer.device) / 255)})
-    return ShardOutput(pa.Table.from_pylist(found, pa.schema([SCHEMA.field("features")])))
+    shape = producer.tokenizer.config
+    _, clips, rejected = producer.clips.read(rows, ClipFormat(frames=shape.frames, size=shape.size))
+    found = [
+        {"features": _features(producer, torch.from_numpy(clip).to(producer.device) / 255)} for clip in clips
+    ]
+    return ShardOutput(pa.Table.from_pylist(found, pa.schema([SCHEMA.field("features")])), rejected)
 
 
 def to_bytes(clips: Tensor) -> NDArray[np.uint8]:
@@ -225,15 +225,15 @@ def _features(producer: Producer, pixels: Tensor | None) -> list[float] | None:
     return found
 
 
-def _fan_out(context: StageContext, producer: Producer, work: Any, target: str, items: Any) -> float:
-    """Run ``work`` over the items, in shards; items per second."""
+def _fan_out(context: StageContext, producer: Producer, work: Any, target: str, items: Any) -> FanOutSummary:
+    """Run ``work`` over the items, in shards."""
     from evatok.distributed.schedule import Shard, shard_ranges
 
     def report(progress: Progress) -> None:
         context.progress(progress.items, progress.total, "clips", clips_per_second=progress.rate)
 
     config: GenerateConfig = context.config
-    done = fan_out_models(
+    return fan_out_models(
         context,
         [
             Shard(f"{start:08d}-{stop:08d}.parquet", stop - start, items[start:stop])
@@ -244,7 +244,6 @@ def _fan_out(context: StageContext, producer: Producer, work: Any, target: str, 
         state=producer,
         show=report,
     )
-    return (done.items - done.kept) / done.seconds
 
 
 def _show(location: Location, table: pa.Table, labels: tuple[str, ...]) -> None:

@@ -5,27 +5,29 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import groupby, islice
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
 from evatok.artifacts import Location
 from evatok.config import OPERATIONAL, Config, identity
 from evatok.errors import UserError
+from evatok.stages.listing import LISTING, Listing, read_rows
 from evatok.stages.materialize import materialize
 from evatok.stages.stage import Stage, StageContext
 from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, probe
 from evatok.video.guard import Guard
-from evatok.video.index import CLIPS, REJECTED, REJECTED_SCHEMA, SCHEMA, SourceShare, clip_starts, write_index
-from evatok.video.sources import AnySource, MixtureSource, Video
+from evatok.video.index import CLIPS, REJECTED, REJECTED_SCHEMA, SCHEMA, IndexWriter, SourceShare, clip_starts
+from evatok.video.sources import AnySource, MixtureSource
 from evatok.video.synthetic import BLOCK
 
 if TYPE_CHECKING:
@@ -34,41 +36,25 @@ if TYPE_CHECKING:
 PROBED = "probed.parquet"  # what is known of every file, so that only new and changed ones are probed again
 VERSION = 1
 _PROBES = "probes"
+_PROBING = 2  # raise it when rows of probes change their meaning
 _KEY = b"evatok-index"
-_LISTED_AT_ONCE = 1024
 _VIDEOS_PER_TASK = 128
 
-_LISTED = pa.schema(
-    [
-        ("name", pa.string()),
-        ("uri", pa.string()),
-        ("part", pa.string()),  # of a mixture
-        ("label", pa.string()),
-        ("caption", pa.string()),
-        ("split", pa.string()),
-        ("motion", pa.list_(pa.float32())),
-        ("bytes", pa.int64()),  # of the file; null: missing
-        ("modified", pa.int64()),  # nanoseconds
-        ("code", pa.string()),  # why it is rejected without being probed
-        ("detail", pa.string()),
-        ("draw", pa.float64()),  # the video's own random number, 0 to 1
-    ]
-)
+# What may be mended without a change of the file: it is probed again in every index.
+_PASSING = ("timeout", "missing")
+
 _PROBED = pa.schema(
     [
-        ("name", pa.string()),
+        ("key", pa.uint64()),  # of the video's name
         ("bytes", pa.int64()),
         ("modified", pa.int64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("starts", pa.list_(pa.float64())),  # of its clips, seconds
         ("code", pa.string()),  # null: usable
-        ("detail", pa.string()),
+        ("detail", pa.large_string()),
     ]
 )
-
-
-_OF_VIDEO = ("name", "uri", "part", "label", "caption", "split", "motion")
 
 
 class IndexConfig(Config):
@@ -102,172 +88,183 @@ def build_index(
 ) -> dict[str, Any]:
     """Write the index of `config.source` into `location`; needs a connected Ray.
 
-    Run again in the same place it probes new and changed files only (by size and time of change).
-    `on_progress` is told of the probing, in videos. Returns the headline counts. Raises
-    UserError when the source has no usable video.
+    Run again in the same place it probes new and changed files only (by size and time of change), also where
+    the earlier run was killed. `on_progress` is told of the probing, in videos. Returns the headline counts.
+    Raises UserError when the source has no usable video.
     """
-    listed = _listed(config, location, seed)
+    listing = Listing.write(config.source.videos(location), location, seed)
     known = _known(config, location)
-    place = _place_in(known, listed)
-    todo = np.flatnonzero((place < 0) & listed["code"].is_null().to_numpy(zero_copy_only=False))
-    fresh = _probed(config, location, listed.take(pa.array(todo)), on_progress)
+    place = _place_in(known, listing)
+    todo = np.flatnonzero((place < 0) & listing.sound)
+    fresh = _probed(config, listing, todo, on_progress)
     place[todo] = known.num_rows + np.arange(len(todo))
-    videos = pa.concat_tables([known, fresh]).take(pa.array(place, mask=place < 0))
-    for column in ("name", "bytes", "modified"):
-        videos = videos.set_column(videos.schema.get_field_index(column), column, listed[column])
-    code = pc.coalesce(listed["code"], videos["code"])
-    detail = pc.coalesce(listed["detail"], videos["detail"])
-    rejected = pa.table([listed["uri"], code, detail], REJECTED_SCHEMA).filter(pc.is_valid(code))
-    usable = pc.is_null(code)
-    clips = _clips(config, listed.filter(usable), videos.filter(usable))
-    if not clips.num_rows:
-        raise UserError(_nothing_usable(config, rejected))
-    write_index(location, clips, rejected, _shares(config, listed.filter(usable), videos.filter(usable)))
-    location.write_table(PROBED, videos.replace_schema_metadata({_KEY: _key(config)}))
+    videos = _contiguous(known, fresh)
+    del known, fresh
+    counts = _write(config, location, listing, videos, place)
     location.delete(_PROBES)
-    splits = Counter(clips["split"].to_pylist())
+    location.delete(LISTING)
+    return {**counts, "probed": len(todo)}
+
+
+def _write(
+    config: IndexConfig, location: Location, listing: Listing, videos: pa.Table, place: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Publish the index and what is known of every file, some videos at a time; returns the counts.
+
+    `videos`: rows of probes; `place`: the row of each listed video, -1 without one.
+    """
+    splits: Counter[str] = Counter()
+    codes: Counter[str] = Counter()
+    shares: Counter[str] = Counter()
+    usable_videos = 0
+    first = ""
+    test = _drawn_for_test(config, listing, videos, place)
+    with (
+        tempfile.TemporaryDirectory(prefix="evatok-probed-") as folder,
+        IndexWriter(location, config.limits) as index,
+    ):
+        path = Path(folder) / PROBED
+        schema = _PROBED.with_metadata({_KEY: _key(config)})
+        with pq.ParquetWriter(path, schema, write_statistics=False) as probed:
+            for these, listed in listing.batches():
+                at = place[these]
+                found = videos.take(pa.array(at, mask=at < 0))
+                probed.write_table(found.filter(pa.array(at >= 0)).cast(schema))
+                code = pc.coalesce(listed["code"], found["code"])
+                detail = pc.coalesce(listed["detail"], found["detail"].cast(pa.string()))
+                rejected = pa.table([listed["uri"], code, detail], REJECTED_SCHEMA).filter(pc.is_valid(code))
+                index.reject(rejected)
+                codes.update(_counted(rejected["code"]))
+                first = first or next(iter(rejected["detail"].slice(0, 1).to_pylist()), "")
+                usable = pc.is_null(code)
+                listed, found = listed.filter(usable), found.filter(usable)
+                split = pc.coalesce(
+                    listed["split"],
+                    pa.array(np.where(test[these], "test", "train")).filter(usable.combine_chunks()),
+                )
+                clips = _clips(config, listed, found, split)
+                index.write(clips)
+                usable_videos += listed.num_rows
+                splits.update(_counted(clips["split"]))
+                clips_of = pa.table({"part": listed["part"], "clips": pc.list_value_length(found["starts"])})
+                for part in clips_of.group_by("part").aggregate([("clips", "sum")]).to_pylist():
+                    shares[part["part"]] += part["clips_sum"]
+        if not usable_videos:
+            raise UserError(_nothing_usable(config, codes, first))
+        if isinstance(config.source, MixtureSource):
+            index.shares = [
+                SourceShare(name, shares[name], part.weight) for name, part in config.source.parts.items()
+            ]
+        location.write_file(PROBED, path)
     return {
-        "videos": len(clips["uri"].unique()),
-        "clips": clips.num_rows,
+        "videos": usable_videos,
+        "clips": splits.total(),
         "train_clips": splits["train"],
         "test_clips": splits["test"],
-        "rejected": rejected.num_rows,
-        "rejected_by_code": dict(sorted(Counter(rejected["code"].to_pylist()).items())),
-        "probed": len(todo),
+        "rejected": codes.total(),
+        "rejected_by_code": dict(sorted(codes.items())),
     }
 
 
-def _listed(config: IndexConfig, location: Location, seed: int) -> pa.Table:
-    """Every video that the source names, once, with its file's size and time of change."""
-    tables = []
-    for videos in _batches(config.source.videos(location), _LISTED_AT_ONCE):
-        columns = {name: [getattr(video, name) for video in videos] for name in _OF_VIDEO}
-        columns["bytes"], columns["modified"] = _file_states(videos)
-        columns["draw"] = [_draw(seed, video.name) for video in videos]
-        problems = [_problem(video, size) for video, size in zip(videos, columns["bytes"])]
-        columns["code"] = [code for code, _ in problems]
-        columns["detail"] = [detail and f"{v.uri}: {detail}" for v, (_, detail) in zip(videos, problems)]
-        tables.append(pa.table(columns, schema=_LISTED))
-    listed = pa.concat_tables(tables).combine_chunks() if tables else _LISTED.empty_table()
-    first = pc.index_in(listed["name"], value_set=listed["name"])
-    return listed.filter(pc.equal(first, pa.array(np.arange(listed.num_rows, dtype=np.int32))))
-
-
-def _problem(video: Video, size: int | None) -> tuple[str | None, str | None]:
-    if video.problem:
-        return video.problem
-    if size is None:
-        return "missing", "no such file"
-    return (None, None) if size else ("empty", "zero bytes")
-
-
-def _file_states(videos: list[Video]) -> tuple[list[int | None], list[int | None]]:
-    sizes: list[int | None] = [None] * len(videos)
-    changes: list[int | None] = [None] * len(videos)
-    sought = [k for k, video in enumerate(videos) if video.problem is None]
-    if sought:
-        # These videos are of one source and live on one file system.
-        first = Location.parse(videos[sought[0]].uri)
-        scheme = first.uri.removesuffix(first.path)
-        infos = first.fs.get_file_info([videos[k].uri.removeprefix(scheme) for k in sought])
-        for k, info in zip(sought, infos):
-            if info.type == pafs.FileType.File:
-                sizes[k], changes[k] = info.size, info.mtime_ns
-    return sizes, changes
-
-
-def _draw(seed: int, name: str) -> float:
-    """A number from 0 to 1 that is the video's own: its split outlives other videos."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(errors="surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+def _counted(column: pa.ChunkedArray) -> dict[str, int]:
+    return {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
 
 
 def _known(config: IndexConfig, location: Location) -> pa.Table:
-    """What an earlier index in this place found, if it was made with the same settings."""
-    if not location.exists(PROBED):
-        return _PROBED.empty_table()
-    table = location.read_table(PROBED)
-    if (table.schema.metadata or {}).get(_KEY) != _key(config).encode():
-        return _PROBED.empty_table()
-    # A video that ran out of time may have met a busy machine.
-    return table.select(_PROBED.names).filter(
-        pc.or_kleene(pc.is_valid(table["starts"]), pc.not_equal(table["code"], "timeout"))
-    )
+    """What earlier indexes in this place found with the same settings, whether they were finished or not."""
+    from evatok.distributed.fanout import whole_shards
+
+    key, tables = _key(config), [_PROBED.empty_table()]
+    if location.exists(PROBED):
+        table = location.read_table(PROBED)
+        if (table.schema.metadata or {}).get(_KEY) == key.encode():
+            tables.append(table.replace_schema_metadata())
+    for attempt in location.list(_PROBES):
+        tables += whole_shards(location / _PROBES / attempt, key)
+    known = pa.concat_tables(tables)
+    return known.filter(pc.invert(pc.is_in(known["code"], pa.array(_PASSING))))
 
 
-def _place_in(known: pa.Table, listed: pa.Table) -> NDArray[np.int64]:
+def _place_in(known: pa.Table, listing: Listing) -> NDArray[np.int64]:
     """Row of `known` for each listed video whose file is unchanged, else -1."""
-    place: NDArray[np.int64] = (
-        pc.fill_null(pc.index_in(listed["name"], value_set=known["name"]), -1).to_numpy().astype(np.int64)
-    )
-    found = np.flatnonzero(place >= 0)
-    before = known.take(pa.array(place[found]))
-    now = listed.take(pa.array(found))
-    same = pc.and_(pc.equal(before["bytes"], now["bytes"]), pc.equal(before["modified"], now["modified"]))
-    place[found[~pc.fill_null(same, False).to_numpy(zero_copy_only=False)]] = -1
+    keys = known["key"].to_numpy()
+    order, sought = np.argsort(keys, kind="stable"), np.argsort(listing.keys)
+    # Searching in order spares the processor's cache. The last row of a key is the latest.
+    at = np.empty(len(listing), np.int64)
+    at[sought] = np.searchsorted(keys[order], listing.keys[sought], side="right") - 1
+    place = np.where(at >= 0, order[at] if len(order) else -1, -1)
+    for name, now in (("key", listing.keys), ("bytes", listing.bytes), ("modified", listing.modified)):
+        if len(order):
+            place[known[name].to_numpy()[place] != now] = -1
     return place
 
 
-def _probed(config: IndexConfig, location: Location, todo: pa.Table, report: Report | None) -> pa.Table:
-    """Probe these videos in tasks: one row each, in their order."""
-    from evatok.distributed.fanout import fan_out
+def _contiguous(*tables: pa.Table) -> pa.Table:
+    """The rows of all tables in one piece, so that any of them are taken without looking at the others."""
+    whole = pa.concat_tables(tables)
+    return pa.table({name: whole[name].combine_chunks() for name in whole.column_names}, schema=_PROBED)
+
+
+def _probed(
+    config: IndexConfig, listing: Listing, todo: NDArray[np.int64], report: Report | None
+) -> pa.Table:
+    """Probe these videos of the listing in tasks: one row each, in their order."""
+    from evatok.distributed.fanout import fan_out, whole_shards
     from evatok.distributed.schedule import Shard, shard_ranges
 
-    if not todo.num_rows:
+    if not len(todo):
         return _PROBED.empty_table()
-    names, uris = todo["name"].to_pylist(), todo["uri"].to_pylist()
-    size = max(1, min(config.videos_per_task, todo.num_rows // 8))
+    size = max(1, min(config.videos_per_task, len(todo) // 8))
+    rows, where = listing.rows[todo], (listing.location, listing.version)
     shards = [
-        Shard(f"{low:09d}.parquet", high - low, (config, names[low:high], uris[low:high]))
-        for low, high in shard_ranges(todo.num_rows, size)
+        Shard(f"{low:09d}.parquet", high - low, (config, *where, rows[low:high]))
+        for low, high in shard_ranges(len(todo), size)
     ]
-    state = hashlib.sha256(_key(config).encode())
-    for column in ("name", "bytes", "modified"):
-        state.update(json.dumps(todo[column].to_pylist()).encode())
+    # Another set of videos has another folder: shards of the earlier one stay, and are known next time.
+    attempt = hashlib.sha256(_key(config).encode())
+    for column in (listing.keys, listing.bytes, listing.modified):
+        attempt.update(column[todo].tobytes())
+    target = listing.location / _PROBES / attempt.hexdigest()[:16]
     fan_out(
         shards,
         _probe_shard,
-        location / _PROBES,
-        key=state.hexdigest(),
+        target,
+        key=_key(config),
         state=functools.partial(Guard, config.limits.time_limit),
         on_progress=report,
     )
-    return location.read_table(_PROBES).select(_PROBED.names)
+    return pa.concat_tables(whole_shards(target, _key(config)))
 
 
-def _probe_shard(spec: tuple[IndexConfig, list[str], list[str]], guard: Guard) -> ShardOutput:
+def _probe_shard(spec: tuple[IndexConfig, Location, int, NDArray[np.int64]], guard: Guard) -> ShardOutput:
     from evatok.distributed.fanout import ShardOutput
 
-    config, names, uris = spec
-    found = [_probe_video(config, name, uri, guard) for name, uri in zip(names, uris)]
+    config, location, version, rows = spec
+    listed = read_rows(location, version, rows)
+    found = [{**video, **_probe_video(config, video["uri"], guard)} for video in listed]
     return ShardOutput(pa.Table.from_pylist(found, _PROBED))
 
 
-def _probe_video(config: IndexConfig, name: str, uri: str, guard: Guard) -> dict[str, Any]:
+def _probe_video(config: IndexConfig, uri: str, guard: Guard) -> dict[str, Any]:
     try:
         info = guard(probe, uri, config.limits)
     except DecodeError as error:
-        return {"name": name, "code": error.code, "detail": error.detail}
+        return {"code": error.code, "detail": error.detail}
     cut = ClipFormat(frames=config.frames, fps=config.fps)
     starts = clip_starts(info, cut, config.stride, config.clips_per_video)
     if not starts:
         seconds = info.end - float(info.times[0])
-        return {
-            "name": name,
-            "code": "too_short",
-            "detail": f"{uri}: {len(info.times)} frames, {seconds:.2f} s",
-        }
-    return {"name": name, "width": info.width, "height": info.height, "starts": starts}
+        return {"code": "too_short", "detail": f"{uri}: {len(info.times)} frames, {seconds:.2f} s"}
+    return {"width": info.width, "height": info.height, "starts": starts}
 
 
-def _clips(config: IndexConfig, listed: pa.Table, videos: pa.Table) -> pa.Table:
+def _clips(config: IndexConfig, listed: pa.Table, videos: pa.Table, split: pa.ChunkedArray) -> pa.Table:
     """A row for each start of each video."""
     starts = videos["starts"].combine_chunks()
-    starts = starts.chunk(0) if isinstance(starts, pa.ChunkedArray) else starts
-    counts = pc.list_value_length(starts).to_numpy(zero_copy_only=False)
+    counts = pc.list_value_length(starts).to_numpy(zero_copy_only=False).astype(np.int64)
     owner = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    of_clip = listed.take(pa.array(owner))
+    of_clip = listed.select(["name", "uri", "label", "caption"]).take(pa.array(owner))
     shapes = videos.select(["width", "height"]).take(pa.array(owner))
     digits = pc.utf8_lpad(pa.array(number).cast(pa.string()), 5, "0")
     columns = {
@@ -280,34 +277,23 @@ def _clips(config: IndexConfig, listed: pa.Table, videos: pa.Table) -> pa.Table:
         "height": shapes["height"],
         "label": of_clip["label"],
         "caption": of_clip["caption"],
-        "split": _splits(config, listed).take(pa.array(owner)),
+        "split": split.take(pa.array(owner)),
         "motion": _motion(config, listed["motion"], owner, number),
     }
     return pa.table(columns, schema=SCHEMA)
 
 
-def _shares(config: IndexConfig, listed: pa.Table, videos: pa.Table) -> list[SourceShare]:
-    """How many clips each part of a mixture has, in the order of the rows."""
-    if not isinstance(config.source, MixtureSource):
-        return []
-    counts = pc.list_value_length(videos["starts"])
-    return [
-        SourceShare(
-            name, int(pc.sum(counts.filter(pc.equal(listed["part"], name))).as_py() or 0), part.weight
-        )
-        for name, part in config.source.parts.items()
-    ]
-
-
-def _splits(config: IndexConfig, listed: pa.Table) -> pa.ChunkedArray:
-    """The source's own split of each video, else a drawn one that leaves neither side empty."""
-    draws = listed["draw"].to_numpy()
-    test = draws < config.test_fraction
-    free = np.flatnonzero(listed["split"].is_null().to_numpy())
+def _drawn_for_test(
+    config: IndexConfig, listing: Listing, videos: pa.Table, place: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which videos the draw holds out, where their source has no split; neither side is left empty."""
+    test = listing.draws < config.test_fraction
+    usable = np.append(videos["code"].is_null().to_numpy(), False)[place]  # -1 takes the last
+    free = np.flatnonzero(listing.free & usable)
     if len(free) > 1 and 0 < config.test_fraction < 1:
-        test[free[np.argmin(draws[free])]] = True
-        test[free[np.argmax(draws[free])]] = False
-    return pc.coalesce(listed["split"], pa.array(np.where(test, "test", "train")))
+        test[free[np.argmin(listing.draws[free])]] = True
+        test[free[np.argmax(listing.draws[free])]] = False
+    return test
 
 
 def _motion(
@@ -322,14 +308,12 @@ def _motion(
     return pa.array(cut, kind)
 
 
-def _nothing_usable(config: IndexConfig, rejected: pa.Table) -> str:
+def _nothing_usable(config: IndexConfig, codes: Counter[str], first: str) -> str:
     where = getattr(config.source, "path", config.source.kind)
-    counts = Counter(rejected["code"].to_pylist())
-    reasons = ", ".join(f"{count} {code}" for code, count in counts.most_common())
-    first = rejected["detail"][0].as_py() if rejected.num_rows else "nothing was listed"
+    reasons = ", ".join(f"{count} {code}" for code, count in codes.most_common())
     return (
-        f"{where}: none of its {rejected.num_rows} files is a video of {config.frames} frames ({reasons}).\n"
-        f"The first: {first}"
+        f"{where}: none of its {codes.total()} files is a video of {config.frames} frames ({reasons}).\n"
+        f"The first: {first or 'nothing was listed'}"
     )
 
 
@@ -337,13 +321,7 @@ def _key(config: IndexConfig) -> str:
     """Identifies the settings that a probe's result depends on."""
     plain = identity(config)
     cut = {name: plain[name] for name in ("frames", "fps", "stride", "clips_per_video", "limits")}
-    return hashlib.sha256(json.dumps([VERSION, cut], sort_keys=True).encode()).hexdigest()
-
-
-def _batches(videos: Iterator[Video], size: int) -> Iterator[list[Video]]:
-    for _, part in groupby(videos, key=lambda video: video.part):
-        while batch := list(islice(part, size)):
-            yield batch
+    return hashlib.sha256(json.dumps([VERSION, _PROBING, cut], sort_keys=True).encode()).hexdigest()
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from evatok.assignment.table import RewardRows, to_table
 from evatok.metrics.frechet import I3D
 from evatok.metrics.pixels import QualityMetric
 from evatok.models.tokenizer import VideoTokenizer
-from evatok.video.decode import ClipFormat, decode_clip
-from evatok.video.index import ClipIndex
+from evatok.stages.fanning import ClipReader
+from evatok.video.decode import ClipFormat
 from evatok.video.write import write_video
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Setting:
 class Judge:
     """What every task needs; travels to the workers once."""
 
-    index: ClipIndex
+    clips: ClipReader
     tokenizer: VideoTokenizer
     metrics: tuple[QualityMetric, ...]
     sources: Sources
@@ -62,14 +62,18 @@ class Judge:
             self.features.to(self.device)
         return self
 
-    def clips(self, rows: NDArray[np.int64]) -> Tensor:
-        """uint8 [B, C, F, H, W] on the device. Curate decoded them all: DecodeError if changed since."""
+    def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.bool_], list[dict[str, str]]]:
+        """uint8 [B, C, F, H, W] on the device, bool [B] which of them were decoded, and what was wrong.
+
+        Curate decoded them all, but files change. What cannot be decoded is black.
+        """
         shape = self.tokenizer.config
-        decoded = [
-            decode_clip(c["uri"], c["start"], ClipFormat(frames=shape.frames, size=shape.size, fps=c["fps"]))
-            for c in self.index.take(rows).to_pylist()
-        ]
-        return torch.from_numpy(np.stack(decoded)).to(self.device)
+        found, clips, rejected = self.clips.read(rows, ClipFormat(frames=shape.frames, size=shape.size))
+        there = np.isin(rows, [entry["row"] for entry in found])
+        pixels = np.zeros((len(rows), 3, shape.frames, shape.size, shape.size), np.uint8)
+        for place, clip in zip(np.flatnonzero(there), clips):
+            pixels[place] = clip
+        return torch.from_numpy(pixels).to(self.device), there, rejected
 
     @torch.no_grad()
     def reconstruct(self, clips: Tensor, assignment: Tensor) -> Tensor:
@@ -82,17 +86,17 @@ def score_clips(spec: tuple[int, NDArray[np.int64]], judge: Judge) -> ShardOutpu
     from evatok.distributed.fanout import ShardOutput
 
     start, rows = spec
-    clips = judge.clips(rows)
+    clips, there, rejected = judge.read(rows)
     quality = full(judge.tokenizer, clips, judge.sources.space, judge.metrics)
     positions = torch.arange(start, start + len(rows))
     evidence = gather(clips, positions, judge.sources, [setting.policy for setting in judge.settings])
-    taken = judge.index.take(rows)
+    taken = judge.clips.index.take(rows, ("clip_id", "split"))
     table = to_table(
         RewardRows(taken["clip_id"].to_pylist(), torch.from_numpy(rows), taken["split"].to_pylist(), quality)
     )
     for name, column in evidence_columns(evidence).items():
         table = table.append_column(name, column)
-    return ShardOutput(table)
+    return ShardOutput(table.filter(pa.array(there)), rejected)
 
 
 def evidence_columns(evidence: Evidence) -> dict[str, pa.Array]:
@@ -125,14 +129,14 @@ def film_clip(spec: tuple[int, Sequence[NDArray[np.int64]]], judge: Judge) -> Sh
     from evatok.distributed.fanout import ShardOutput
 
     row, assignments = spec
-    clip = judge.clips(np.array([row]))
+    clip, _, rejected = judge.read(np.array([row]))
     assignment = torch.from_numpy(np.stack(assignments))
     target = clip.float() / 255
     reconstruction = judge.reconstruct(clip.expand(len(assignment), -1, -1, -1, -1), assignment)
     error = ((reconstruction - target).abs() * ERROR_GAIN).clamp(0, 1)
     pictures = [target[0], *torch.cat([reconstruction, error], dim=3)]
     films = [encoded((picture * 255).round().byte().cpu().numpy()) for picture in pictures]
-    return ShardOutput(pa.table({"mp4": pa.array(films, pa.binary())}))
+    return ShardOutput(pa.table({"mp4": pa.array(films, pa.binary())}), rejected)
 
 
 def encoded(picture: NDArray[np.uint8]) -> bytes:
@@ -153,10 +157,11 @@ def take_features(spec: tuple[NDArray[np.int64], Sequence[NDArray[np.int64]]], j
     from evatok.distributed.fanout import ShardOutput
 
     rows, assignments = spec
-    clips = judge.clips(rows)
+    clips, there, rejected = judge.read(rows)
     assert judge.features is not None
     columns = {"original": judge.features(clips.float() / 255)}
     for number, assignment in enumerate(assignments):
         reconstruction = judge.reconstruct(clips, torch.from_numpy(assignment))
         columns[str(number)] = judge.features(reconstruction)
-    return ShardOutput(pa.table({name: list(x.float().cpu().numpy()) for name, x in columns.items()}))
+    table = pa.table({name: list(x.float().cpu().numpy()) for name, x in columns.items()})
+    return ShardOutput(table.filter(pa.array(there)), rejected)

@@ -40,6 +40,8 @@ def materialize(
     index = ClipIndex.open(location)
     there = PreparedClips.open(location / PREPARED)
     if there is not None and not there.serve(ClipFormat(frames=frames, size=size)):
+        # The records first: they must never outlive the files they vouch for.
+        location.delete(_RECORDS)
         location.delete(PREPARED)
     spec = (index, ClipFormat(frames=frames, size=size), limits)
     shards = [

@@ -23,7 +23,7 @@ from evatok.errors import UserError
 from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.models.tokens import Tokens
-from evatok.stages.fanning import decode_rows, fan_out_models, write_rejected
+from evatok.stages.fanning import ClipReader, fan_out_models, write_rejected
 from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.token_table import (
@@ -34,7 +34,7 @@ from evatok.training.token_table import (
     mean_tokens,
     to_table,
 )
-from evatok.video.decode import ClipFormat, decode_clip
+from evatok.video.decode import ClipFormat
 from evatok.video.index import ClipIndex
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class TokensConfig(Config):
 class Encoder:
     """What every task needs; travels to the workers once."""
 
-    index: ClipIndex
+    clips: ClipReader
     tokenizer: VideoTokenizer
     sources: Sources
     config: TokensConfig
@@ -81,18 +81,15 @@ class Encoder:
         self.sources.to(self.device)
         return self
 
-    def clip(self, entry: dict[str, Any], augmentation: int) -> NDArray[np.uint8]:
-        """uint8 ``[C, F, H, W]``; augmentation 0 is the plain clip. Raises DecodeError."""
+    def read(
+        self, rows: NDArray[np.int64], augmentation: int
+    ) -> tuple[list[dict[str, Any]], list[NDArray[np.uint8]], list[dict[str, str]]]:
+        """As ``ClipReader.read``; augmentation 0 is the plain clip."""
         shape, moved = self.tokenizer.config, augmentation > 0
         form = ClipFormat(
-            frames=shape.frames,
-            size=shape.size,
-            fps=entry["fps"],
-            crop="random" if moved else "center",
-            flip=moved,
+            frames=shape.frames, size=shape.size, crop="random" if moved else "center", flip=moved
         )
-        draw = np.random.default_rng([self.seed, augmentation, entry["row"]])
-        return decode_clip(entry["uri"], entry["start"], form, draw)
+        return self.clips.read(rows, form, lambda row: np.random.default_rng([self.seed, augmentation, row]))
 
     def assign(self, clips: Tensor, positions: Tensor) -> Tensor:
         """The policy's assignment int64 ``[B, T]`` of clips; a frame predictor's begins with the condition.
@@ -144,7 +141,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     config: TokensConfig = context.config
     encoder = assemble(context)
-    splits = np.asarray(encoder.index.column("split").to_pylist())
+    splits = np.asarray(encoder.clips.index.column("split").to_pylist())
     train, test = (np.flatnonzero(splits == split) for split in ("train", "test"))
     batches = [(augmentation, train) for augmentation in range(config.passes)]
     held_out = np.random.default_rng(context.seed).permutation(test)[: config.held_out]
@@ -193,7 +190,7 @@ def assemble(context: StageContext) -> Encoder:
     config: TokensConfig = context.config
     index = open_clips(context)
     return Encoder(
-        index=index,
+        clips=ClipReader(index),
         tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
         sources=policy_sources(context.inputs, context.experiment.curate.reward),
         config=config,
@@ -209,7 +206,7 @@ def encode_clips(spec: tuple[NDArray[np.int64], int], encoder: Encoder) -> Shard
     from evatok.distributed.fanout import ShardOutput
 
     rows, augmentation = spec
-    found, clips, rejected = decode_rows(encoder.index, rows, lambda entry: encoder.clip(entry, augmentation))
+    found, clips, rejected = encoder.read(rows, augmentation)
     tables = []
     for start in range(0, len(found), ENCODED_AT_ONCE):
         entries = found[start : start + ENCODED_AT_ONCE]

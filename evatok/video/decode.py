@@ -2,8 +2,12 @@
 
 Times are seconds on the stream's own clock (presentation timestamp x time base), so a clip is found again
 exactly, whatever the frame rate does in between.
+
+A file that cannot be used raises DecodeError, for good. A storage that does not deliver a file raises
+StorageError: the same call may succeed later.
 """
 
+import errno
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +18,14 @@ from typing import IO, Literal, get_args
 
 import av
 import numpy as np
+import pyarrow as pa
 from av.stream import Discard
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 from pydantic import Field
 
+from evatok.artifacts import Location
 from evatok.config import Config
 
 Reason = Literal[
@@ -50,6 +56,10 @@ class DecodeError(Exception):
 
     def __str__(self) -> str:
         return f"{self.detail} [{self.code}]"
+
+
+class StorageError(OSError):
+    """The storage of a media file failed, which says nothing about the file; the message names both."""
 
 
 class MediaLimits(Config):
@@ -108,7 +118,8 @@ class VideoInfo:
 def probe(uri: str, limits: MediaLimits | None = None) -> VideoInfo:
     """Read every packet's timestamp and decode the first frame.
 
-    Width and height are as displayed: after rotation and with square pixels. Raises DecodeError.
+    Width and height are as displayed: after rotation and with square pixels. Raises DecodeError and
+    StorageError.
     """
     limits = limits or MediaLimits()
     with _opened(uri, limits) as (container, stream):
@@ -158,7 +169,7 @@ def decode_clip(
     With fps 0: the F consecutive frames from the first one at or after `start`. With fps > 0: frame k is the
     one on screen at start + k / fps. `draw` decides a random crop and the flip; without it the crop is
     central and nothing is mirrored. `out`: an array of the clip's shape to fill and return. Raises
-    DecodeError.
+    DecodeError and StorageError.
     """
     limits = limits or MediaLimits()
     canvas = _Canvas(clip_format, *clip_format.drawn(draw), out)
@@ -283,10 +294,8 @@ def _opened(uri: str, limits: MediaLimits) -> Iterator[tuple[av.container.InputC
             stream.codec_context.thread_count = 1
             stream.codec_context.options = {"max_pixels": str(limits.pixels)}
             yield container, stream
-    except DecodeError:
+    except (DecodeError, StorageError):
         raise
-    except PermissionError as error:
-        raise DecodeError("missing", f"{uri}: {error.strerror or error}") from error
     except av.error.ExitError as error:
         raise DecodeError("timeout", f"{uri}: no answer within {limits.time_limit:g} s") from error
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, TypeError) as error:
@@ -295,21 +304,75 @@ def _opened(uri: str, limits: MediaLimits) -> Iterator[tuple[av.container.InputC
 
 @contextmanager
 def _source(uri: str) -> Iterator[str | IO[bytes]]:
-    """What PyAV opens: a local path as it is, anything else through pyarrow's filesystems."""
-    if "://" not in uri:
-        filesystem, path = pafs.LocalFileSystem(), uri
-    else:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-    info = filesystem.get_file_info(path)
-    if info.type != pafs.FileType.File:
-        raise DecodeError("missing", f"{uri}: no such file")
-    if info.size == 0:
-        raise DecodeError("empty", f"{uri}: zero bytes")
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        yield path
-        return
-    with filesystem.open_input_file(path) as handle:
-        yield handle
+    """What PyAV opens: a local path as it is, anything else through pyarrow's filesystems.
+
+    Where the storage failed, that is raised in place of whatever libav made of it.
+    """
+    try:
+        location = Location.parse(uri)
+        info = location.fs.get_file_info(location.path)
+        if info.type != pafs.FileType.File:
+            raise DecodeError("missing", f"{uri}: no such file")
+        if info.size == 0:
+            raise DecodeError("empty", f"{uri}: zero bytes")
+        if location.local() is not None:
+            try:
+                yield location.path
+            except av.FFmpegError as error:
+                if isinstance(error, OSError):
+                    _read_through(location.path, error)
+                raise
+            return
+        with location.fs.open_input_file(location.path) as handle:
+            watched = _Watched(handle)
+            try:
+                yield watched  # type: ignore[misc]
+            finally:
+                if watched.fault is not None:
+                    raise watched.fault
+    except av.FFmpegError:
+        raise
+    except (PermissionError, FileNotFoundError) as error:
+        raise DecodeError("missing", f"{uri}: {error.strerror or error}") from error
+    except OSError as error:
+        raise StorageError(f"{uri}: {error}") from error
+
+
+_BUSY = (errno.EMFILE, errno.ENFILE)
+
+
+def _read_through(path: str, error: OSError) -> None:
+    """Raise OSError if a local file cannot be read: then it was not its content that libav failed on."""
+    if error.errno in _BUSY:
+        raise OSError(error.errno, error.strerror)
+    with open(path, "rb") as file:
+        while file.read(1 << 20):
+            pass
+
+
+class _Watched:
+    """A file that remembers why it could not be read, and ends there, as libav would have it."""
+
+    def __init__(self, handle: pa.NativeFile) -> None:
+        self.fault: OSError | None = None
+        self._handle = handle
+
+    def read(self, size: int) -> bytes:
+        if self.fault is None:
+            try:
+                return bytes(self._handle.read(size))
+            except OSError as error:
+                self.fault = error
+        return b""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._handle.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._handle.tell())
+
+    def seekable(self) -> bool:
+        return True
 
 
 # Containers that keep an index of keyframes. In others a seek is a guess at a byte position, and the

@@ -8,13 +8,14 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -22,10 +23,12 @@ from pydantic import Field
 
 from evatok.config import Config
 from evatok.video.decode import DecodeError, MediaLimits, probe
+from evatok.video.guard import Guard
 
 T = TypeVar("T")
 
 _CHUNK = 1 << 16
+_PROBES = 4  # finished files that are looked into at once, each in a child process
 _REDIRECTS = 5
 _REDIRECTED = (301, 302, 303, 307, 308)
 _TYPES = ("video/", "application/octet-stream", "binary/octet-stream")
@@ -70,10 +73,22 @@ def download_all(
     An item without a Download is passed through.
     """
     waiting = iter(items)
-    with ThreadPoolExecutor(config.concurrency) as pool:
+    guards: SimpleQueue[Guard] = SimpleQueue()
+
+    def probed(path: str) -> object:
+        guard = guards.get()
+        try:
+            return guard(probe, path, limits)
+        finally:
+            guards.put(guard)
+
+    with ExitStack() as stack:
+        for _ in range(_PROBES):
+            guards.put(stack.enter_context(Guard(limits.time_limit)))
+        pool = stack.enter_context(ThreadPoolExecutor(config.concurrency))
 
         def submit(item: tuple[T, Download | None]) -> tuple[T, Future[DecodeError | None]]:
-            return item[0], pool.submit(_fetched, item[1], config, limits)
+            return item[0], pool.submit(_fetched, item[1], config, probed)
 
         window = [submit(item) for item in islice(waiting, 4 * config.concurrency)]
         while window:
@@ -82,17 +97,19 @@ def download_all(
             window.extend(submit(item) for item in islice(waiting, 1))
 
 
-def _fetched(item: Download | None, config: DownloadConfig, limits: MediaLimits) -> DecodeError | None:
+def _fetched(
+    item: Download | None, config: DownloadConfig, probed: Callable[[str], object]
+) -> DecodeError | None:
     try:
         if item is not None and not item.path.exists():
-            fetch(item, config, limits)
+            fetch(item, config, probed)
     except DecodeError as error:
         return error
     return None
 
 
-def fetch(item: Download, config: DownloadConfig, limits: MediaLimits | None = None) -> None:
-    """Download one file; a part left by an earlier try is continued.
+def fetch(item: Download, config: DownloadConfig, probed: Callable[[str], object] = probe) -> None:
+    """Download one file; a part left by an earlier try is continued. `probed` looks into what has come.
 
     Raises DecodeError: `outside` (host or address not allowed), `http` (the server does not give a video),
     `too_large`, `timeout`, or what the probe of the finished file says.
@@ -104,6 +121,8 @@ def fetch(item: Download, config: DownloadConfig, limits: MediaLimits | None = N
         try:
             _receive(item.url, part, config, deadline)
             break
+        except ValueError as error:
+            raise DecodeError("outside", f"{item.url}: no address that can be followed ({error})") from None
         except (_RetryError, OSError, http.client.HTTPException) as error:
             wait = max(getattr(error, "wait", 0.0), 0.5 * 2**attempt * random.uniform(0.5, 1.0))
             if time.monotonic() + wait > deadline:
@@ -116,7 +135,7 @@ def fetch(item: Download, config: DownloadConfig, limits: MediaLimits | None = N
                 ) from None
             time.sleep(wait)
     try:
-        probe(str(part), limits)
+        probed(str(part))
     except DecodeError as error:
         _discard(part)
         raise DecodeError(error.code, f"{item.url}: {error.detail}") from None

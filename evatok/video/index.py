@@ -7,11 +7,14 @@ selection is an array of row numbers.
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
-from evatok.video.decode import ClipFormat, DecodeError, VideoInfo
+from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, VideoInfo
 from evatok.video.order import ClipOrder, MixedOrder, Order
 
 CLIPS = "clips.parquet"
@@ -29,6 +32,7 @@ REJECTED = "rejected.parquet"
 PREPARED = "prepared"  # clips decoded once, if anybody asked for that
 BAD = "bad"  # notes about clips that turned out to be dangerous when they were decoded
 _SOURCES = b"evatok-sources"
+_LIMITS = b"evatok-limits"
 
 SCHEMA = pa.schema(
     [
@@ -47,9 +51,10 @@ SCHEMA = pa.schema(
 )
 REJECTED_SCHEMA = pa.schema([("uri", pa.string()), ("code", pa.string()), ("detail", pa.string())])
 
-# A lookup of one clip reads one group: small groups keep that cheap, and 10 million rows are 2,442 of them.
-_ROWS_PER_GROUP = 4096
-_GROUPS_KEPT = 64
+# A lookup of one clip reads one group. Small ones without statistics keep that cheap (0.1 ms for an address),
+# and still the file's list of groups takes 0.7 kB for each of them: 7 MB with 10 million rows.
+_ROWS_PER_GROUP = 1024
+_GROUPS_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,15 @@ class SourceShare:
 class ClipIndex:
     """Clips of an index, all of them or a selection. Picklable and cheap to send.
 
-    `version`: modification time of the file, nanoseconds. `rows`: clips of the whole index.
+    `version`: modification time of the file, nanoseconds. `rows`: clips of the whole index. `limits`: what
+    its files were allowed to ask of us when they were indexed, and are when their clips are decoded.
     `selected` int64 [clips]: row of the whole index for each clip of this view; None for the whole index.
     """
 
     location: Location
     version: int
     rows: int
+    limits: MediaLimits
     selected: NDArray[np.int64] | None = None
 
     @classmethod
@@ -82,28 +89,29 @@ class ClipIndex:
             raise UserError(
                 f"{location}: no clip index here ({CLIPS} is missing). Make one with `evatok index`."
             )
-        return cls(location, version, int(_file(location.uri, version).edges[-1]))
+        file = _file(location.uri, version)
+        return cls(location, version, int(file.edges[-1]), file.limits)
 
     def __len__(self) -> int:
         return self.rows if self.selected is None else len(self.selected)
 
-    def take(self, clips: NDArray[np.int64]) -> pa.Table:
+    def take(self, clips: NDArray[np.int64], columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
         """These clips of the view, in that order, with a column `row`: int64, row of the whole index.
 
-        Raises IndexError for a clip outside the view.
+        Only the named columns are read. Raises IndexError for a clip outside the view.
         """
         clips = np.asarray(clips, np.int64)
         if clips.size and (clips.min() < 0 or clips.max() >= len(self)):
             raise IndexError(f"clips {clips.min()}..{clips.max()} of an index of {len(self)}")
         rows = clips if self.selected is None else self.selected[clips]
-        edges = _file(self.location.uri, self.version).edges
-        groups = np.searchsorted(edges, rows, side="right") - 1
+        file = _file(self.location.uri, self.version)
+        groups = np.searchsorted(file.edges, rows, side="right") - 1
         needed, at = np.unique(groups, return_inverse=True)
-        lengths = edges[needed + 1] - edges[needed]
+        lengths = file.edges[needed + 1] - file.edges[needed]
         offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-        tables = [_group(self.location.uri, self.version, int(group)) for group in needed]
-        table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-        taken = table.take(pa.array(offsets[at] + rows - edges[groups]))
+        tables = file.groups([int(group) for group in needed], tuple(columns))
+        table = pa.concat_tables(tables) if tables else SCHEMA.empty_table().select(list(columns))
+        taken = table.take(pa.array(offsets[at] + rows - file.edges[groups]))
         return taken.append_column("row", pa.array(rows, pa.int64()))
 
     def select(self, **wanted: str) -> ClipIndex:
@@ -152,27 +160,94 @@ class ClipIndex:
         """Rows of the whole index whose decoding took a process down or never ended, here or elsewhere."""
         return frozenset(int(name.partition(".")[0]) for name in self.location.list(BAD))
 
-    def report_bad(self, clip: dict[str, Any], error: DecodeError) -> None:
-        """Note on storage that nobody should try this clip again."""
-        note = {"clip_id": clip["clip_id"], "uri": clip["uri"], "code": error.code, "detail": error.detail}
-        self.location.write_json(f"{BAD}/{clip['row']}.json", note)
+    def report(self, row: int, error: DecodeError) -> None:
+        """Note on storage that nobody should try the clip again, if its decoder died or never ended."""
+        if error.code in ("crash", "timeout"):
+            whole = replace(self, selected=None)
+            (clip,) = whole.take(np.asarray([row]), ("clip_id", "uri")).to_pylist()
+            self.location.write_json(
+                f"{BAD}/{row}.json", {**clip, "code": error.code, "detail": error.detail}
+            )
+
+
+class IndexWriter:
+    """Writes an index a batch at a time, in a `with` block; both tables are published at its end, clips last.
+
+    Where the same clips are there already, what was made from them stays too. `shares`: of the rows, in their
+    order, if they come from several sources; may be set until the end.
+    """
+
+    def __init__(self, location: Location, limits: MediaLimits) -> None:
+        self.shares: Sequence[SourceShare] = ()
+        self._location, self._limits = location, limits
+        self._waiting: list[pa.Table] = []
+
+    def __enter__(self) -> IndexWriter:
+        self._stack = ExitStack()
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="evatok-index-"))
+        self._path = Path(folder) / CLIPS
+        self._clips = pq.ParquetWriter(self._path, SCHEMA, write_statistics=False)
+        self._rejected = pq.ParquetWriter(Path(folder) / REJECTED, REJECTED_SCHEMA)
+        return self
+
+    def write(self, clips: pa.Table) -> None:
+        """Append clips."""
+        self._waiting.append(clips.cast(SCHEMA))
+        if sum(table.num_rows for table in self._waiting) >= _ROWS_PER_GROUP:
+            table = pa.concat_tables(self._waiting)
+            whole = table.num_rows // _ROWS_PER_GROUP * _ROWS_PER_GROUP
+            self._clips.write_table(table.slice(0, whole), row_group_size=_ROWS_PER_GROUP)
+            self._waiting = [table.slice(whole)]
+
+    def reject(self, videos: pa.Table) -> None:
+        """Append to the table of what cannot be used."""
+        self._rejected.write_table(videos.cast(REJECTED_SCHEMA))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if kind is None and any(table.num_rows for table in self._waiting):
+                self._clips.write_table(pa.concat_tables(self._waiting), row_group_size=_ROWS_PER_GROUP)
+            shares = json.dumps([asdict(share) for share in self.shares])
+            self._clips.add_key_value_metadata({_SOURCES: shares, _LIMITS: self._limits.model_dump_json()})
+            self._clips.close()
+            self._rejected.close()
+            if kind is None:
+                self._publish()
+
+    def _publish(self) -> None:
+        self._location.write_file(REJECTED, self._path.with_name(REJECTED))
+        if _same(self._path, self._location):
+            return
+        for stale in (BAD, PREPARED):
+            self._location.delete(stale)
+        self._location.write_file(CLIPS, self._path)
 
 
 def write_index(
-    location: Location, clips: pa.Table, rejected: pa.Table, sources: Sequence[SourceShare] = ()
+    location: Location,
+    clips: pa.Table,
+    rejected: pa.Table,
+    sources: Sequence[SourceShare] = (),
+    limits: MediaLimits | None = None,
 ) -> None:
-    """Publish both tables of an index, clips last. `sources`: of the rows, in their order, if several.
+    """Publish an index whose clips are in memory, as `IndexWriter` does."""
+    with IndexWriter(location, limits or MediaLimits()) as writer:
+        writer.shares = sources
+        writer.write(clips)
+        writer.reject(rejected)
 
-    Where the same clips are there already, what was made from them stays too.
-    """
-    location.write_bytes(REJECTED, _parquet(rejected.cast(REJECTED_SCHEMA)))
-    shares = json.dumps([asdict(source) for source in sources])
-    data = _parquet(clips.cast(SCHEMA).replace_schema_metadata({_SOURCES: shares}))
-    if location.exists(CLIPS) and location.read_bytes(CLIPS) == data:
-        return
-    for stale in (BAD, PREPARED):
-        location.delete(stale)
-    location.write_bytes(CLIPS, data)
+
+def _same(path: Path, location: Location) -> bool:
+    """Whether the file of that name in `location` has the same content."""
+    if location.fs.get_file_info(f"{location.path}/{path.name}").size != path.stat().st_size:
+        return False
+    with path.open("rb") as mine, location.fs.open_input_stream(f"{location.path}/{path.name}") as theirs:
+        while chunk := mine.read(1 << 20):
+            if chunk != theirs.read(len(chunk)):
+                return False
+    return True
 
 
 def clip_starts(info: VideoInfo, clip_format: ClipFormat, stride: int, limit: int | None) -> list[float]:
@@ -189,12 +264,6 @@ def clip_starts(info: VideoInfo, clip_format: ClipFormat, stride: int, limit: in
     return [float(times[first]) for first in firsts]
 
 
-def _parquet(table: pa.Table) -> bytes:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, row_group_size=_ROWS_PER_GROUP)
-    return bytes(buffer.getvalue())
-
-
 @dataclass(frozen=True)
 class _File:
     """An open Parquet file; `edges` int64 [groups + 1]: first row of each row group, then the row count."""
@@ -202,22 +271,38 @@ class _File:
     parquet: pq.ParquetFile
     edges: NDArray[np.int64]
     sources: tuple[SourceShare, ...]
-    lock: threading.Lock  # a reader is not for several threads at once
+    limits: MediaLimits
+    kept: dict[tuple[int, tuple[str, ...]], pa.Table] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # a reader is not for several threads
+
+    def groups(self, numbers: Sequence[int], columns: tuple[str, ...]) -> list[pa.Table]:
+        """These columns of these row groups; what is not at hand is read at once."""
+        with self.lock:
+            found = {n: self.kept[n, columns] for n in numbers if (n, columns) in self.kept}
+            missing = [n for n in numbers if n not in found]
+            if missing:
+                table = self.parquet.read_row_groups(missing, columns=list(columns))
+                offset = 0
+                for n in missing:
+                    rows = np.arange(offset, offset + self.edges[n + 1] - self.edges[n])
+                    # A copy: a slice would keep the whole reading in memory.
+                    found[n] = self.kept[n, columns] = table.take(pa.array(rows))
+                    offset += len(rows)
+                for old in list(self.kept)[:-_GROUPS_KEPT]:
+                    del self.kept[old]
+        return [found[n] for n in numbers]
 
 
 @lru_cache(maxsize=4)
 def _file(uri: str, version: int) -> _File:
     location = Location.parse(uri)
-    parquet = pq.ParquetFile(f"{location.path}/{CLIPS}", filesystem=location.fs)
+    parquet = pq.ParquetFile(f"{location.path}/{CLIPS}", filesystem=location.fs, pre_buffer=True)
     metadata = parquet.metadata
     lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    shares = json.loads((parquet.schema_arrow.metadata or {}).get(_SOURCES, b"[]"))
-    sources = tuple(SourceShare(**share) for share in shares)
-    return _File(parquet, np.cumsum([0, *lengths], dtype=np.int64), sources, threading.Lock())
-
-
-@lru_cache(maxsize=_GROUPS_KEPT)
-def _group(uri: str, version: int, group: int) -> pa.Table:
-    file = _file(uri, version)
-    with file.lock:
-        return file.parquet.read_row_group(group)
+    notes = metadata.metadata or {}
+    return _File(
+        parquet,
+        np.cumsum([0, *lengths], dtype=np.int64),
+        tuple(SourceShare(**share) for share in json.loads(notes.get(_SOURCES, b"[]"))),
+        MediaLimits.model_validate_json(notes.get(_LIMITS, b"{}")),
+    )

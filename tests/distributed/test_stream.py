@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from evatok.artifacts import Location
 from evatok.distributed.stream import Dealing
-from evatok.video.decode import ClipFormat, decode_clip, probe
+from evatok.video.decode import ClipFormat, StorageError, decode_clip, probe
 from evatok.video.index import PREPARED, REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.order import ClipOrder
 from evatok.video.prepared import PreparedClips
@@ -169,6 +169,41 @@ class _Deadly:
             open(f"{self.diary}/death-{os.getpid()}", "w").close()
             os.kill(os.getpid(), signal.SIGSEGV)
         return decode_clip(uri, start, *rest, **options)
+
+
+def test_a_storage_that_fails_for_a_moment_costs_no_clip(index, monkeypatch):
+    from evatok.distributed import stream as module
+
+    monkeypatch.setattr(module, "_PATIENCE", (0.01, 0.01))
+    failures = iter([True, True, False, False])
+
+    def decode(uri, start, *rest, **options):
+        if next(failures):
+            raise StorageError(f"{uri}: 503")
+        return decode_clip(uri, start, *rest, **options)
+
+    fetched = module.ClipFetch(index, FORMAT, seed=0, decode=decode)(np.array([0, 1]), np.array([3, 4]))
+    assert fetched["row"].tolist() == [3, 4]
+    assert not fetched["replaced"].any()
+
+
+def test_clips_prepared_at_one_size_are_made_again_after_an_attempt_at_another(
+    ray_cluster, index, tmp_path, monkeypatch
+):
+    from evatok.stages import materialize as module
+    from evatok.video.decode import MediaLimits
+
+    location = Location.parse(tmp_path)
+    rows = index.take(np.arange(len(index))).drop_columns("row")
+    write_index(location, rows, REJECTED_SCHEMA.empty_table())
+    assert module.materialize(location, 8, 32, MediaLimits()) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("evatok.distributed.fanout.fan_out", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            module.materialize(location, 8, 24, MediaLimits())
+    assert module.materialize(location, 8, 32, MediaLimits()) == 0
+    prepared = PreparedClips.open(location / PREPARED)
+    assert prepared.clip(0).shape == (3, 8, 32, 32)
 
 
 def test_prepared_clips_give_the_same_stream(ray_cluster, index, tmp_path):

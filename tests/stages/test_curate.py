@@ -13,14 +13,25 @@ from evatok.artifacts import Artifact, Location, Manifest
 from evatok.assignment.reward import length_statistics, percentile, reward
 from evatok.assignment.search import brute_force
 from evatok.assignment.space import AssignmentSpace
-from evatok.assignment.table import RewardTable
+from evatok.assignment.table import RewardRows, RewardTable, to_table
 from evatok.config import identity
 from evatok.errors import UserError
 from evatok.metrics.perceptual import load_quality
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
-from evatok.stages.curate import STAGE, CurateConfig, Scorer, divide, draw, load_statistics, run, score
+from evatok.stages.curate import (
+    STAGE,
+    CurateConfig,
+    Scorer,
+    divide,
+    draw,
+    join_parts,
+    load_statistics,
+    run,
+    score,
+)
+from evatok.stages.fanning import ClipReader
 from evatok.stages.stage import Resources, StageContext
-from evatok.video.decode import ClipFormat, decode_clip
+from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, decode_clip
 from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, write_index
 from evatok.video.write import write_video
 
@@ -237,6 +248,71 @@ def test_draw_is_seeded_sorted_and_takes_what_there_is(sources, tmp_path):
     assert "fewer than curate.clips.train = 1000" in where.listener.lines[-1]
 
 
+def test_a_clip_that_one_part_could_not_decode_is_left_out_of_the_joined_table(tmp_path):
+    location = Location.parse(tmp_path)
+    parts = divide(3, 8, 9, SPACE)
+    for number, part in enumerate(parts):
+        rows = [row for row in range(part.start, part.stop) if (number, row) not in {(1, 0), (2, 0)}]
+        quality = {"psnr": torch.full((len(rows), len(SPACE.subtree(part.prefix))), float(number))}
+        table = to_table(
+            RewardRows(
+                [f"c{row}" for row in rows],
+                torch.tensor(rows, dtype=torch.int64),
+                ["train"] * len(rows),
+                quality,
+            )
+        )
+        location.write_table(f"parts/{part.name}", table)
+    join_parts(location, parts)
+    joined = RewardTable.open(location / "table").load()
+    assert joined.clip_id == ["c1", "c2"]
+    assert joined.quality["psnr"].shape == (2, SPACE.size)
+
+
+class DeadlyReader(ClipReader):
+    """Its decoder dies of clip 2 and never comes back from clip 3, as libav may of a file."""
+
+    deaths = 0
+
+    def read(self, rows, form, draw=lambda row: None):
+        self._guard = self
+        return super().read(rows, form, draw)
+
+    def __call__(self, decode, uri, start, *rest):
+        for name, code in (("02.mp4", "crash"), ("03.mp4", "timeout")):
+            if uri.endswith(name):
+                self.deaths += 1
+                raise DecodeError(code, f"{uri}: lost")
+        return decode(uri, start, *rest)
+
+
+def test_a_clip_that_ends_its_decoder_is_noted_and_not_tried_again(sources, tmp_path):
+    index = ClipIndex.open(sources["index"].location)
+    write_index(
+        Location.parse(tmp_path), index.take(np.arange(24)).drop_columns("row"), REJECTED_SCHEMA.empty_table()
+    )
+    index = ClipIndex.open(Location.parse(tmp_path))
+    proxy = VideoTokenizer.from_pretrained(sources["proxy"].location.local() / "model")
+    reader = DeadlyReader(index)
+    scorer = Scorer(reader, proxy, tuple(load_quality(name) for name in CONFIG.metrics), "cpu", 1 << 30)()
+    for _ in range(2):
+        output = score((np.arange(1, 5), ()), scorer)
+        assert output.table["clip_id"].to_pylist() == ["c01", "c04"]
+        assert [item["uri"][-6:] for item in output.rejected] == ["02.mp4", "03.mp4"]
+    assert reader.deaths == 2
+    assert index.known_bad() == {2, 3}
+
+
+def test_clips_are_decoded_within_the_limits_of_their_index(sources, tmp_path):
+    rows = ClipIndex.open(sources["index"].location).take(np.arange(3)).drop_columns("row")
+    limits = MediaLimits(pixels=32 * 32 - 1)
+    write_index(Location.parse(tmp_path), rows, REJECTED_SCHEMA.empty_table(), limits=limits)
+    reader = ClipReader(ClipIndex.open(Location.parse(tmp_path)))
+    found, _, rejected = reader.read(np.arange(3), ClipFormat(frames=8, size=16))
+    assert not found
+    assert [item["code"] for item in rejected] == ["too_large"] * 3
+
+
 def test_few_clips_are_divided_into_subtrees_and_many_are_not():
     assert {part.prefix for part in divide(500, 8, 64, SPACE)} == {()}
     few = divide(5, 8, 12, SPACE)
@@ -248,7 +324,7 @@ def test_few_clips_are_divided_into_subtrees_and_many_are_not():
 def test_a_task_whose_clips_are_all_broken_gives_an_empty_table(sources):
     proxy = VideoTokenizer.from_pretrained(sources["proxy"].location.local() / "model")
     metrics = tuple(load_quality(name) for name in CONFIG.metrics)
-    scorer = Scorer(ClipIndex.open(sources["index"].location), proxy, metrics, "cpu", 1 << 30)
+    scorer = Scorer(ClipReader(ClipIndex.open(sources["index"].location)), proxy, metrics, "cpu", 1 << 30)
     output = score((np.array([5]), (2,)), scorer())
     assert output.table.num_rows == 0
     assert output.table.schema.field("psnr").type.list_size == 3

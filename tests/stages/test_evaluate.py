@@ -135,6 +135,22 @@ def rows_of(location, **wanted):
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
+def test_a_clip_that_changed_since_it_was_curated_is_left_out(in_process, inputs, tmp_path):
+    rows = ClipIndex.open(inputs["index"].location).take(np.arange(CLIPS)).drop_columns("row")
+    uris = rows["uri"].to_pylist()
+    uris[3] = str(tmp_path / "gone.mp4")
+    place = Location.parse(tmp_path / "index")
+    write_index(place, rows.set_column(1, "uri", pa.array(uris)), REJECTED_SCHEMA.empty_table())
+    changed = inputs | {"index": Artifact(place, inputs["index"].manifest)}
+    where = context(
+        changed, tmp_path / "evaluate", policies=[{"kind": "oracle"}, {"kind": "uniform", "count": 2}]
+    )
+    with in_process():
+        run(where)
+    table = where.location.read_table("clips.parquet")
+    assert set(table["clip_id"].to_pylist()) == {f"c{i:02d}" for i in range(HELD_OUT) if i != 3}
+
+
 def test_every_policy_and_setting_has_a_row_for_every_held_out_clip(evaluated):
     location = evaluated[0]
     policies = location.read_json("policies.json")["policies"]

@@ -10,10 +10,12 @@ from evatok.config import parse
 from evatok.metrics.frechet import FeatureStatistics, frechet_distance
 from evatok.models.generator import Generator, GeneratorConfig
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
-from evatok.stages.generate import STAGE, GenerateConfig, Producer, _show, distances, produce
+from evatok.stages.fanning import ClipReader
+from evatok.stages.generate import STAGE, GenerateConfig, Producer, _show, distances, produce, take_features
 from evatok.stages.stage import Resources, StageContext
-from evatok.video.index import REJECTED_SCHEMA, write_index
+from evatok.video.index import REJECTED_SCHEMA, ClipIndex, write_index
 from evatok.video.index import SCHEMA as INDEX_SCHEMA
+from evatok.video.write import write_video
 
 TINY = TokenizerConfig(
     frames=12,
@@ -39,7 +41,7 @@ class MeanColour:
         return clips.mean((2, 3, 4))
 
 
-def producer(condition=None, features=None, **config):
+def producer(condition=None, features=None, reader=None, **config):
     torch.manual_seed(0)
     tokenizer = VideoTokenizer(TINY)
     generator = Generator(
@@ -57,7 +59,7 @@ def producer(condition=None, features=None, **config):
     return Producer(
         generator=generator,
         tokenizer=tokenizer,
-        index=None,
+        clips=reader,
         config=parse(str(config), GenerateConfig, "test"),
         features=features,
         condition=condition,
@@ -128,6 +130,20 @@ def test_shown_clips_are_listed_for_the_report(tmp_path):
     assert [clip["title"] for clip in clips] == ["a", "b", "a"]
     assert all(location.read_bytes(clip["video"])[4:8] == b"ftyp" for clip in clips)
     assert all(sum(clip["assignment"]) == clip["tokens"] for clip in clips)
+
+
+def test_features_of_real_clips_do_without_those_that_cannot_be_decoded(tmp_path):
+    folder, rows = Location.parse(tmp_path), []
+    for number in range(3):
+        path = tmp_path / f"{number}.mp4"
+        write_video(path, np.full((3, 12, 16, 16), 80 * number, np.uint8), 8)
+        rows.append({"clip_id": f"c{number}", "uri": str(path), "start": 0.0, "fps": 0.0, "frames": 12})
+    (tmp_path / "1.mp4").write_text("no video")
+    write_index(folder, pa.Table.from_pylist(rows, INDEX_SCHEMA), REJECTED_SCHEMA.empty_table())
+    maker = producer(features=MeanColour(), reader=ClipReader(ClipIndex.open(folder)))
+    output = take_features(np.array([2, 1, 0]), maker)
+    assert np.allclose(np.stack(output.table["features"].to_numpy()).mean(1), [160 / 255, 0], atol=0.03)
+    assert [(item["uri"][-5:], item["code"]) for item in output.rejected] == [("1.mp4", "unreadable")]
 
 
 def test_distance_is_named_after_its_network(tmp_path):

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from PIL import Image
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
-from evatok.stages.index import IndexConfig, build_index
-from evatok.video.index import ClipIndex
-from evatok.video.sources import FolderSource, SyntheticSource, WebVidSource
+from evatok.experiment import read_experiment
+from evatok.stages.fanning import ClipReader
+from evatok.stages.index import _PROBED, IndexConfig, _known, _place_in, _probe_shard, _write, build_index
+from evatok.stages.listing import Listing
+from evatok.video.decode import ClipFormat, DecodeError, StorageError
+from evatok.video.index import ClipIndex, IndexWriter
+from evatok.video.sources import FolderSource, SyntheticSource, Video, WebVidSource
 from evatok.video.synthetic import write_videos
 
 
@@ -84,6 +92,107 @@ def test_a_second_index_probes_new_and_changed_files_only(ray_cluster, videos, t
     assert build_index(folder_index(folder, stride=8), location, seed=0)["probed"] == 8
 
 
+def test_an_index_that_was_killed_is_resumed_although_a_file_came_and_one_was_mended(
+    ray_cluster, videos, tmp_path, monkeypatch
+):
+    from evatok.distributed.fanout import Job, make_shard
+
+    folder = tmp_path / "growing"
+    shutil.copytree(videos, folder)
+    location = Location.parse(tmp_path / "index")
+    names = sorted(file.name for file in folder.glob("*.mp4"))
+
+    def direct(function, uri, *rest):
+        if uri.endswith(names[0]):
+            raise DecodeError("missing", f"{uri}: no permission")
+        return function(uri, *rest)
+
+    def killed(shards, work, target, *, key, **_):
+        """The driver dies before the last shard; one file was not readable by us at that time."""
+        for shard in shards[:-1]:
+            make_shard(Job(work, None, target, key), direct, shard)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evatok.distributed.fanout.fan_out", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(folder_index(folder), location, seed=0)
+    shutil.copy(folder / names[0], folder / "aa_new.mp4")
+    counts = build_index(folder_index(folder), location, seed=0)
+    assert counts["videos"] == 9
+    assert counts["probed"] == 3  # the last shard, the new file and the one without permission
+
+
+def test_a_storage_that_fails_ends_the_task_and_rejects_nothing(tmp_path):
+    listing, _, _ = many_videos(Location.parse(tmp_path), 3, 1)
+    config = folder_index("/videos")
+
+    def out_of_order(function, uri, *rest):
+        raise StorageError(f"{uri}: 503 Slow Down")
+
+    with pytest.raises(StorageError, match=r"0000000\.mp4: 503"):
+        _probe_shard((config, listing.location, listing.version, listing.rows), out_of_order)
+
+
+def test_the_clips_of_many_videos_are_written_in_bounded_memory(tmp_path):
+    """200,000 videos of 5 clips: a million rows cost the driver less than their size."""
+    location = Location.parse(tmp_path)
+    config = IndexConfig(source=FolderSource(path="/videos"), test_fraction=0.1)
+    listing, videos, place = many_videos(location, 200_000, 5)
+    before = pa.total_allocated_bytes()
+    peaks = []
+    write = IndexWriter.write
+
+    def watched(self, clips):
+        write(self, clips)
+        peaks.append(pa.total_allocated_bytes() - before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IndexWriter, "write", watched)
+        counts = _write(config, location, listing, videos, place)
+    assert (counts["videos"], counts["clips"]) == (199_999, 999_995)
+    assert max(peaks) < 64 << 20
+    index = ClipIndex.open(location)
+    rows = index.take(np.array([4, 5, 999_994]), ["clip_id", "uri", "start"]).to_pylist()
+    assert [row["clip_id"] for row in rows] == [
+        "0000001.mp4#00004",
+        "0000002.mp4#00000",
+        "0199999.mp4#00004",
+    ]
+    assert rows[2]["start"] == 4.0
+    assert location.read_table("probed.parquet").num_rows == 200_000
+    assert _place_in(_known(config, location), listing).min() >= -1
+
+
+def many_videos(location, count, clips):
+    """A listing of files that do not exist, and what probes of them found; the first is damaged."""
+    listed = (
+        Video(
+            name := f"{k:07d}.mp4",
+            f"s3://bucket-of-many/videos/{name}",
+            caption="a dog " * 9,
+            state=(k + 1, 7),
+        )
+        for k in range(count)
+    )
+    listing = Listing.write(listed, location, seed=0)
+    starts = pa.ListArray.from_arrays(
+        pa.array(np.arange(count + 1) * clips, pa.int32()), np.tile(np.arange(float(clips)), count)
+    )
+    damaged = pa.array(np.arange(count) == 0)
+    columns = {
+        "key": listing.keys,
+        "bytes": listing.bytes,
+        "modified": listing.modified,
+        "width": np.full(count, 640, np.int32),
+        "height": np.full(count, 360, np.int32),
+        "starts": pc.if_else(damaged, None, starts),
+        "code": pc.if_else(damaged, "unreadable", pa.scalar(None, pa.string())),
+        "detail": pc.if_else(damaged, "damaged", pa.scalar(None, pa.large_string())),
+    }
+    return listing, pa.table(columns, schema=_PROBED), np.arange(count)
+
+
 def test_synthetic_videos_bring_their_truth(ray_cluster, tmp_path):
     location = Location.parse(tmp_path)
     config = IndexConfig(source=SyntheticSource(count=6, blocks=8, size=32), stride=8)
@@ -94,6 +203,31 @@ def test_synthetic_videos_bring_their_truth(ray_cluster, tmp_path):
     assert rows[0]["motion"][2:] == rows[1]["motion"][:2]
     assert ClipIndex.open(location).labels() == ["drift", "orbit", "pan", "spin", "swarm", "zoom"]
     assert build_index(config, location, seed=0)["probed"] == 0
+
+
+def test_a_folder_of_images_becomes_clips_of_one_frame(ray_cluster, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    originals = {}
+    for number, suffix in enumerate(("png", "jpg", "PNG", "jpeg", "webp")):
+        blocks = random.integers(0, 255, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        image = Image.fromarray(blocks)
+        image.save(folder / f"{number}.{suffix}", quality=95)
+        originals[f"{number}.{suffix}#00000"] = blocks
+    experiment = read_experiment(Path(__file__).parents[2] / "experiments" / "image.yaml")
+    config = experiment.index.model_copy(update={"source": FolderSource(path=str(folder))})
+    location = Location.parse(tmp_path / "index")
+    counts = build_index(config, location, seed=0)
+    assert (counts["clips"], counts["rejected"]) == (5, 0)
+    found, clips, rejected = ClipReader(ClipIndex.open(location)).read(
+        np.arange(5), ClipFormat(frames=config.frames, size=48)
+    )
+    assert not rejected
+    for entry, clip in zip(found, clips):
+        assert clip.shape == (3, 1, 48, 48)
+        difference = clip[:, 0].transpose(1, 2, 0).astype(int) - originals[entry["clip_id"]][:, 8:56]
+        assert np.abs(difference).mean() < 25
 
 
 def test_a_mixture_remembers_whose_turn_comes_how_often(ray_cluster, videos, tmp_path):

@@ -12,6 +12,7 @@ from evatok.config import parse
 from evatok.models.router import Router, RouterConfig
 from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
+from evatok.stages.fanning import ClipReader
 from evatok.stages.stage import Resources, StageContext
 from evatok.stages.tokens import STAGE, Encoder, TokensConfig, encode_clips
 from evatok.training.token_table import SCHEMA, read_rows, read_vocabulary
@@ -55,7 +56,7 @@ def encoder(index, router=None, **config):
     torch.manual_seed(0)
     config = parse(str({"policy": {"kind": "uniform", "count": 2}} | config), TokensConfig, "test")
     return Encoder(
-        index=index,
+        clips=ClipReader(index),
         tokenizer=VideoTokenizer(TINY),
         sources=Sources(SPACE, router=router),
         config=config,

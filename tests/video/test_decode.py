@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
+import resource
 import socket
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import fsspec
 import numpy as np
 import psutil
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
-from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, decode_clip, probe
+from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, StorageError, decode_clip, probe
 
 SHORT = ClipFormat(frames=8, size=48)
 
@@ -264,3 +271,47 @@ def test_decoding_keeps_no_memory(tmp_path, write, moving):
     before = resident()
     work(400)
     assert resident() < before + 20
+
+
+@contextmanager
+def every_file_number_taken():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        yield
+    finally:
+        for number in taken:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_storage_that_fails_is_not_the_fault_of_the_file(tmp_path, monkeypatch, write, moving):
+    path = write(tmp_path / "video.mp4", moving(60, height=320, width=320))
+    fsspec.filesystem("memory").pipe("/bucket/video.mp4", path.read_bytes())
+    whole = MemoryFile.read
+
+    def read(file, size=-1):
+        if file.tell() > 0:
+            raise OSError(errno.EIO, "503 Slow Down")
+        return whole(file, size)
+
+    monkeypatch.setattr(MemoryFile, "read", read)
+    with pytest.raises(StorageError, match=r"memory://bucket/video\.mp4: .*503 Slow Down"):
+        probe("memory://bucket/video.mp4")
+    with pytest.raises(StorageError, match="503"):
+        decode_clip("memory://bucket/video.mp4", 0.5, SHORT)
+    with every_file_number_taken(), pytest.raises(StorageError, match="Too many open files"):
+        probe(str(path))
+    assert pickle.loads(pickle.dumps(StorageError("a: b"))).args == ("a: b",)  # noqa: S301
+
+
+def test_a_file_whose_references_cannot_be_opened_is_its_own_fault(tmp_path):
+    playlist = tmp_path / "playlist.mp4"
+    playlist.write_text("\n".join(["ffconcat version 1.0", "file absent.mp4"]))
+    with pytest.raises(DecodeError) as raised:
+        probe(str(playlist))
+    assert raised.value.code == "unreadable"

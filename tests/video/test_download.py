@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -247,3 +249,32 @@ def test_webvid_rows_are_downloaded_into_place(server, tmp_path):
     closed = source.model_copy(update={"fetch": settings(hosts=())})
     with pytest.raises(UserError, match="hosts"):
         list(closed.videos(Location.parse(tmp_path)))
+
+
+def test_addresses_that_are_none_reject_their_row_alone(server, tmp_path):
+    addresses = [
+        "http://[x",
+        f"http://{'a' * 300}.example/1",
+        f"{server.url.rpartition(':')[0]}:99999/good",
+        f"{server.url}/gööd",
+        "http://example:port/1",
+        f"{server.url}/good",
+    ]
+    items = [(k, Download(url, tmp_path / f"{k}.mp4")) for k, url in enumerate(addresses)]
+    hosts = ("127.0.0.1", "*.example", "example")
+    results = [error for _, error in download_all(items, settings(hosts=hosts), MediaLimits())]
+    assert [error and error.code for error in results] == ["outside"] * 5 + [None]
+    assert all(address in error.detail for address, error in zip(addresses[:5], results))
+
+
+def test_what_was_downloaded_is_looked_into_by_a_process_that_may_die(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("evatok.video.download.probe", _die)
+    ((_, error),) = download_all(
+        [(0, Download(f"{server.url}/good", tmp_path / "a.mp4"))], settings(), MediaLimits()
+    )
+    assert error.code == "crash"
+    assert not list(tmp_path.glob("a.mp4*"))
+
+
+def _die(path, limits):
+    os.kill(os.getpid(), signal.SIGSEGV)

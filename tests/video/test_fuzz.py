@@ -131,9 +131,7 @@ def test_a_thousand_damaged_files_go_through_the_index_and_the_stream(ray_cluste
     usable = set(index.column("uri").to_pylist())
     assert len(set(named)) == len(named)
     assert {str(path) for path in folder.iterdir()} == usable | set(named)
-    dataset = clip_stream(
-        index, index.order(0), SHORT, start=0, count=len(index), rows_per_block=8, seed=0, limits=LIMITS
-    )
+    dataset = clip_stream(index, index.order(0), SHORT, start=0, count=len(index), rows_per_block=8, seed=0)
     seen = replaced = 0
     for batch in dataset.iter_batches(batch_size=8, batch_format="numpy"):
         seen += len(batch["row"])

@@ -15,11 +15,15 @@ def workspace(tmp_path) -> Location:
 
 
 def test_a_folder_is_listed_in_order_at_any_depth(tmp_path, workspace):
-    for name in ("b/2.MOV", "a.mp4", "b/c/3.webm", "notes.txt", "b/1.gif"):
+    for name in ("b/2.MOV", "a.mp4", "b/c/3.webm", "notes.txt", "b/1.gif", "b.png", "b-c/4.JPG"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    names = [video.name for video in FolderSource(path=str(tmp_path)).videos(workspace)]
-    assert names == ["a.mp4", "b/1.gif", "b/2.MOV", "b/c/3.webm"]
+    videos = list(FolderSource(path=str(tmp_path)).videos(workspace))
+    names = ["a.mp4", "b-c/4.JPG", "b.png", "b/1.gif", "b/2.MOV", "b/c/3.webm"]
+    assert [video.name for video in videos] == names == sorted(names)
+    for video in videos:
+        info = workspace.fs.get_file_info(video.uri)
+        assert video.state == (info.size, info.mtime_ns)
 
 
 def test_webvid_rows_with_quotes_gaps_and_tricks(tmp_path, workspace):
@@ -77,6 +81,22 @@ def test_kinetics_rows_name_their_segments(test_data, tmp_path, workspace):
     wrong = KineticsSource(path=str(tmp_path), csv=str(csv), pattern="{video}.mp4")
     with pytest.raises(UserError, match="youtube_id"):
         list(wrong.videos(workspace))
+
+
+def test_kinetics_rows_without_times_are_rejected_alone(tmp_path, workspace):
+    (tmp_path / "list.csv").write_text(
+        "label,youtube_id,time_start,time_end,split\nrun,a,1,11,train\nrun,b,,,train\nrun,c,1,inf,val\n"
+        f"run,{'d' * 300},1,11,train\nrun,e,2,12,train\n"
+    )
+    videos = list(KineticsSource(path=str(tmp_path), csv=str(tmp_path / "list.csv")).videos(workspace))
+    assert [video.problem and video.problem[0] for video in videos] == [
+        None,
+        "missing",
+        "missing",
+        "outside",
+        None,
+    ]
+    assert len({video.name for video in videos}) == 5
 
 
 def test_synthetic_videos_are_written_once(tmp_path, workspace):

@@ -1,4 +1,4 @@
-"""A folder of video files, at any depth."""
+"""A folder of videos or images, at any depth: an image is a video of one frame."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -10,23 +10,26 @@ from evatok.config import Config
 from evatok.errors import UserError
 from evatok.video.sources.video import Video, files, folder
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = VIDEOS + IMAGES
 
 
 class FolderSource(Config):
-    """Every video file below a folder."""
+    """Every video and image file below a folder."""
 
     kind: Literal["folder"] = "folder"
     path: str = Field(description="folder or URI that holds the videos")
 
     def videos(self, workspace: Location) -> Iterator[Video]:
-        """Raises UserError when there is no such folder or no video file in it."""
+        """Raises UserError when there is no such folder or no such file in it."""
         root = folder(self.path, "index.source.path")
         count = 0
-        for name in files(root, SUFFIXES):
+        for name, state in files(root, SUFFIXES):
             count += 1
-            yield Video(name, f"{root.uri}/{name}")
+            yield Video(name, root.address(name), state=state)
         if not count:
             raise UserError(
-                f"{self.path}: no video file in this folder. Looked for {', '.join(SUFFIXES)} at any depth."
+                f"{self.path}: no video file and no image in this folder. "
+                f"Looked for {', '.join(SUFFIXES)} at any depth."
             )

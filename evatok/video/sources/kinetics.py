@@ -29,16 +29,21 @@ class KineticsSource(Config):
         """The validation split counts as test."""
         root = folder(self.path, "index.source.path")
         for row in rows(self.csv, _COLUMNS):
-            name = self._name(row)
-            uri = below(root, name)
             split = "test" if row["split"].startswith("val") else row["split"]
+            try:
+                times = {column: int(float(row[column])) for column in ("time_start", "time_end")}
+            except (ValueError, OverflowError) as error:
+                name = "/".join(row[column] for column in _COLUMNS)
+                yield Video(name, name, split=split, problem=("missing", f"its row names no file: {error}"))
+                continue
+            name = self._name(row, times)
+            uri = below(root, name)
             if uri is None:
                 yield Video(name, name, split=split, problem=OUTSIDE)
             else:
                 yield Video(name, uri, label=row["label"] or None, split=split)
 
-    def _name(self, row: dict[str, str]) -> str:
-        times = {name: int(float(row[name])) for name in ("time_start", "time_end")}
+    def _name(self, row: dict[str, str], times: dict[str, int]) -> str:
         try:
             return self.pattern.format(**{**row, **times})
         except (KeyError, ValueError, IndexError) as error:

@@ -31,4 +31,4 @@ class SyntheticSource(Config):
                 write_videos(folder, self.count, self.seed, blocks=self.blocks, size=self.size)
                 root.upload(folder)
         for video in read_truth(root):
-            yield Video(video.name, f"{root.uri}/{video.name}", label=video.label, motion=video.motion)
+            yield Video(video.name, root.address(video.name), label=video.label, motion=video.motion)

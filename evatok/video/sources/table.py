@@ -11,12 +11,11 @@ from evatok.errors import UserError
 def rows(uri: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
     """The rows of a CSV with a header, reading as it goes; missing values are "".
 
-    Raises UserError when the file is not there or lacks one of `columns`.
+    Raises UserError when the file is not there, lacks one of `columns` or is no CSV.
     """
-    folder, _, name = uri.rpartition("/")
-    location = Location.parse(folder or ".")
+    location = Location.parse(uri)
     try:
-        stream = location.fs.open_input_stream(f"{location.path}/{name}")
+        stream = location.fs.open_input_stream(location.path)
     except (FileNotFoundError, OSError) as error:
         raise UserError(f"{uri}: cannot be read ({error}).") from None
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="") as text:
@@ -26,4 +25,7 @@ def rows(uri: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
             raise UserError(
                 f"{uri}: no column {', '.join(missing)}; found {', '.join(reader.fieldnames or ())}."
             )
-        yield from reader
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise UserError(f"{uri}: line {reader.line_num} is not CSV ({error}).") from None

@@ -12,7 +12,8 @@ from evatok.artifacts import Location
 from evatok.errors import UserError
 from evatok.video.decode import Reason
 
-OUTSIDE: tuple[Reason, str] = ("outside", "its path leaves the data root")
+OUTSIDE: tuple[Reason, str] = ("outside", "its path leaves the data root, or can be no path")
+_LONGEST_NAME = 255  # bytes, on every file system in use
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Video:
 
     `name`: unique in its source, stable over reruns. `split`: None lets the index draw one. `motion`: known
     complexity of each temporal block, for synthetic videos. `problem`: reason and detail for which it is
-    rejected without being looked for. `part`: of a mixture.
+    rejected without being looked for. `state`: size in bytes and time of change in nanoseconds of the file,
+    where listing it told. `part`: of a mixture.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Video:
     split: str | None = None
     motion: tuple[float, ...] | None = None
     problem: tuple[Reason, str] | None = None
+    state: tuple[int, int] | None = None
     part: str = ""
 
 
@@ -45,12 +48,24 @@ class Source(Protocol):
         ...
 
 
-def files(root: Location, suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Relative paths of all files below `root` with one of these suffixes, sorted."""
-    selector = pafs.FileSelector(root.path, recursive=True)
-    found = (info.path for info in root.fs.get_file_info(selector) if info.type == pafs.FileType.File)
+def files(root: Location, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Relative paths of all files below `root` with one of these suffixes, sorted, and their `Video.state`.
+
+    Holds the entries of one folder at each depth.
+    """
     start = len(root.path.rstrip("/")) + 1
-    yield from sorted(path[start:] for path in found if path.lower().endswith(suffixes))
+
+    def walk(path: str) -> Iterator[pafs.FileInfo]:
+        found = root.fs.get_file_info(pafs.FileSelector(path))
+        folders = pafs.FileType.Directory
+        for info in sorted(found, key=lambda i: i.base_name + "/" * (i.type == folders)):
+            if info.type == folders:
+                yield from walk(info.path)
+            elif info.type == pafs.FileType.File and info.base_name.lower().endswith(suffixes):
+                yield info
+
+    for info in walk(root.path):
+        yield info.path[start:], (info.size, info.mtime_ns or 0)
 
 
 def folder(uri: str, purpose: str) -> Location:
@@ -62,7 +77,10 @@ def folder(uri: str, purpose: str) -> Location:
 
 
 def below(root: Location, name: str) -> str | None:
-    """The URI of `name` under `root`; None when it would leave the root."""
-    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+    """The URI of `name` under `root`; None when it would leave the root or no file can have it."""
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "\0" in name:
         return None
-    return f"{root.uri}/{name}"
+    if root.local() is not None and max(len(part.encode()) for part in parts) > _LONGEST_NAME:
+        return None
+    return root.address(name)
