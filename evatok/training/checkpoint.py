@@ -23,7 +23,7 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a run needs to go on: finished steps, clips seen, skipped micro-batches, engines' tensors."""
+    """What a run needs to go on: finished steps, clips seen, skipped losses and updates, engines' tensors."""
 
     step: int
     samples: int

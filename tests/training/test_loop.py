@@ -83,12 +83,54 @@ def test_a_non_finite_loss_is_skipped_and_counted(tmp_path: Path) -> None:
 
 
 def test_non_finite_losses_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="5 losses in a row were not finite, the last at step 11"):
+    with pytest.raises(
+        UserError, match="5 losses or gradients in a row were not finite, the last at step 11"
+    ):
         toy_run(tmp_path, ToyTask(poison=tuple(range(7, 20))), micro_batch=8, max_skipped=5, steps=20)
     last = FolderCheckpoints(Location.parse(tmp_path)).latest()
     assert last is not None
     assert last.step == 6
     assert all(torch.isfinite(value).all() for value in last.engines["model"].values())
+
+
+def test_a_non_finite_gradient_is_skipped_and_counted(tmp_path: Path) -> None:
+    rows, trained = toy_run(tmp_path, ToyTask(steep=(3, 7)))
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert all(torch.isfinite(value).all() for value in trained.weights.values())
+
+
+def test_a_discriminators_non_finite_gradient_skips_its_update_alone(tmp_path: Path) -> None:
+    task = ToyTask(adversarial=True, steep=(4,), steep_engine="discriminator")
+    rows, _ = toy_run(tmp_path, task)
+    assert rows[-1]["skipped"] == 1
+    last = FolderCheckpoints(Location.parse(tmp_path)).latest()
+    assert last is not None
+    assert int(last.engines["model"]["updates"]) == 12
+    assert int(last.engines["discriminator"]["updates"]) == 5
+    assert all(value.isfinite().all() for value in last.engines["discriminator"].values())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_non_finite_gradients_in_a_row_stop_the_run(tmp_path: Path, stage: int) -> None:
+    with pytest.raises(UserError, match="3 losses or gradients in a row were not finite, the last at step 9"):
+        toy_run(tmp_path, ToyTask(steep=tuple(range(7, 20))), max_skipped=3, steps=20, zero_stage=stage)
+    last = FolderCheckpoints(Location.parse(tmp_path)).latest()
+    assert last is not None
+    assert last.step == 6
+
+
+def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
+    class Breaking(ToyTask):
+        def losses(self, modules, batch, step):
+            yield from super().losses(modules, batch, step)
+            if step == 1:
+                modules["model"][0].bias.data[0] = torch.inf
+
+    with pytest.raises(UserError, match="training diverged: the weights are not finite after step 2"):
+        toy_run(tmp_path, Breaking(), checkpoint_every=1)
+    last = FolderCheckpoints(Location.parse(tmp_path)).latest()
+    assert last is not None
+    assert last.step == 1
 
 
 @pytest.mark.parametrize("keep_by", ["eval_psnr", "best loss", "max eval psnr"])
