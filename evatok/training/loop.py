@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,9 @@ class TrainConfig(Config):
     micro_batch: Annotated[int | None, OPERATIONAL] = Field(
         default=None,
         ge=1,
-        description="clips per forward pass of one worker; default: its whole share of a step",
+        description="clips per forward pass of one worker; default: its whole share of a step. A "
+        "quantizer's terms are means over the tokens of these clips, the entropy term's mean assignment too; "
+        "the batch norm in the heads of a VideoMAE adversary is over groups of at most 8 of them",
     )
     lr: float = Field(default=1e-4, gt=0, description="peak learning rate (EVATok Sec. H)")
     final_lr: float = Field(default=1e-6, ge=0, description="learning rate of the last step (EVATok Sec. H)")
@@ -192,6 +194,8 @@ class _Run:
             for name, module in self._prepared(task.build(world.device)).items()
         }
         self.modules = {name: engine.forward for name, engine in self.engines.items()}
+        parts = [part for engine in self.engines.values() for part in engine.module.modules()]
+        self.learners: list[Any] = [part for part in parts if hasattr(part, "end_step")]
 
     def _prepared(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
         for name, module in modules.items():
@@ -243,6 +247,8 @@ class _Run:
                     curves.add(metrics)
                 else:
                     lost[name] += 1
+        for learner in self.learners:
+            learner.end_step()
         rate = self.config.rate(self.step)
         with curves.timed("optimizer"):
             stepped = {
