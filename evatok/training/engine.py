@@ -48,6 +48,11 @@ def join_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device's own units compute in bfloat16; a GPU before Ampere only emulates it, slowly."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How an engine steps. ``clip``: largest gradient norm, 0 for none; ``ema``: decay, 0 for no average."""

@@ -17,7 +17,7 @@ from evatok.config import OPERATIONAL, Config, problems
 from evatok.errors import UserError
 from evatok.training.checkpoint import Checkpoints, TrainState
 from evatok.training.curves import Curves, Sink, mean_over_ranks
-from evatok.training.engine import Engine, EngineOptions, World, join_world
+from evatok.training.engine import Engine, EngineOptions, World, has_bf16, join_world
 from evatok.training.schedules import Shape, learning_rate
 from evatok.training.tasks import Batch, Task
 from evatok.training.tracking import Tracker
@@ -152,8 +152,9 @@ def train(
     """
     world = join_world()
     config.check(world.size)
-    run = _Run(task, config, world, seed, checkpoints.latest())
-    curves = Curves(world, sinks, run.step, run.samples, config.steps)
+    saved = checkpoints.latest()
+    run = _Run(task, config, world, seed, saved)
+    curves = Curves(world, sinks, run.step, run.samples, config.steps, saved.metrics if saved else {})
     source = iter(batches(run.samples))
     while run.step < config.steps:
         run.take_step(source, curves)
@@ -166,7 +167,9 @@ def train(
         if save and not run.in_a_row["model"]:
             run.check_weights()
             curves.flush()
-            checkpoints.save(run.state(), {**curves.latest, "step": run.step, "samples": run.samples})
+            checkpoints.save(
+                run.state(curves.latest), {**curves.latest, "step": run.step, "samples": run.samples}
+            )
     curves.flush()
     run.check_weights()
     return Trained(curves.latest, run.engines["model"].weights())
@@ -184,9 +187,7 @@ class _Run:
             Counter()
         )  # per engine, losses and updates skipped since its last update
         self.accumulation = config.global_batch // (config.micro(world.size) * world.size)
-        bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and world.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(world.device))
         self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
         torch.manual_seed(seed)
         self.engines = {
@@ -234,12 +235,13 @@ class _Run:
             losses = self.task.losses(self.modules, batch, self.step)
             finite = True
             while finite:
-                with curves.timed("forward"), self.autocast:
-                    found = next(losses, None)
-                if found is None:
-                    break
-                name, loss, metrics = found
-                finite = self._everywhere(loss.detach().isfinite())
+                with curves.timed("forward"):
+                    with self.autocast:
+                        found = next(losses, None)
+                    if found is None:
+                        break
+                    name, loss, metrics = found
+                    finite = self._everywhere(loss.detach().isfinite())
                 if finite:
                     with curves.timed("backward"):
                         self.engines[name].backward(loss)
@@ -279,12 +281,12 @@ class _Run:
         means = mean_over_ranks({name: value / samples for name, value in sums.items()}, self.world)
         return self.task.summary(means)
 
-    def state(self) -> TrainState | None:
+    def state(self, metrics: Mapping[str, float]) -> TrainState | None:
         """Whole state on rank 0, None on the others; every rank calls it."""
         engines = {name: engine.state() for name, engine in self.engines.items()}
         if self.world.rank != 0:
             return None
-        return TrainState(self.step, self.samples, self.skipped, engines)
+        return TrainState(self.step, self.samples, self.skipped, engines, metrics)
 
     def _receive(self, source: Iterator[Batch]) -> Batch:
         batch = next(source)

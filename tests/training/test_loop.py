@@ -2,7 +2,9 @@
 
 import shutil
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from toy import Rows, ToyTask, toy_batches, toy_config, toy_run, toy_samples
 from evatok.artifacts import Location
 from evatok.errors import UserError
 from evatok.training.checkpoint import FolderCheckpoints
-from evatok.training.loop import train
+from evatok.training.curves import Curves
+from evatok.training.engine import World, has_bf16
+from evatok.training.loop import _Run, train
 
 
 def test_a_task_is_overfitted(tmp_path: Path) -> None:
@@ -41,10 +45,12 @@ def test_a_resumed_run_has_the_same_losses_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(ended.weights[name], ended_again.weights[name]) for name in ended.weights)
 
 
-def test_a_finished_run_only_gives_its_weights_again(tmp_path: Path) -> None:
+def test_a_finished_run_only_gives_its_weights_and_metrics_again(tmp_path: Path) -> None:
     _, ended = toy_run(tmp_path)
     rows, again = toy_run(tmp_path)
     assert not rows
+    assert again.metrics == ended.metrics
+    assert again.metrics["loss"] > 0
     assert all(torch.equal(ended.weights[name], again.weights[name]) for name in ended.weights)
 
 
@@ -131,6 +137,37 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
     last = FolderCheckpoints(Location.parse(tmp_path)).latest()
     assert last is not None
     assert last.step == 1
+
+
+def test_waiting_for_a_loss_counts_as_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(run: _Run, finite: torch.Tensor) -> bool:
+        time.sleep(0.05)
+        return bool(finite)
+
+    monkeypatch.setattr(_Run, "_everywhere", slow)
+    rows, _ = toy_run(tmp_path, steps=2, micro_batch=8)
+    assert all(row["time_forward"] * 8 / row["clips_per_second"] > 0.05 for row in rows)
+
+
+def test_a_part_of_a_step_is_timed_with_the_devices_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(0.05))
+    curves = Curves(World(0, 1, torch.device("cuda")), [], 0, 0, 1, {})
+    with curves.timed("backward"):
+        pass
+    assert curves._seconds["backward"] >= 0.05
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, False), (8, True)])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, major: int, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert has_bf16(torch.device("cuda")) is expected
+    assert not has_bf16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("keep_by", ["eval_psnr", "best loss", "max eval psnr"])
