@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import Annotated, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from collections.abc import Iterable
+from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from evatok.config import Config
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from evatok.models.layers import without_autocast
 
 USAGE_STEPS = 100
 """Training steps over which a codebook's usage is measured."""
@@ -109,17 +106,6 @@ class Quantizer(nn.Module):
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes ``[N, dim]`` of indices ``[N]`` (or ``[N, depth]``)."""
         raise NotImplementedError
-
-
-def without_autocast(method: Callable[P, R]) -> Callable[P, R]:
-    """Run a quantizer's method in full precision: the nearest of thousands of codes is a close call."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return method(*args, **kwargs)
-
-    return run
 
 
 class Codebook(nn.Module):

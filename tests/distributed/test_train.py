@@ -88,8 +88,10 @@ def test_a_driver_that_comes_back_goes_on_from_the_last_checkpoint(
     with pytest.raises(ray.train.TrainingFailedError):
         ray_run(tmp_path / "run", task, max_failures=0)
     # The second attempt has another number of workers, too.
-    ray_run(tmp_path / "run", task, workers=1)
+    ended = ray_run(tmp_path / "run", task, workers=1)
     assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted.folder), rel=1e-5)
+    # A third that finds the training finished, as when the driver died before it wrote the manifest.
+    assert ray_run(tmp_path / "run", task, workers=1) == ended
 
 
 def test_a_diverged_loss_is_told_to_the_user_and_not_retried(ray_cluster: str, tmp_path: Path) -> None:
