@@ -101,7 +101,10 @@ class LeCam(nn.Module):
         self.register_buffer("means", torch.zeros(2))
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Penalty of logits on clips and reconstructions; then moves the running means, over all workers."""
+        """Penalty of logits on clips and reconstructions; then moves the running means, over all workers.
+
+        Logits that are not finite leave the means as they are: the step that they belong to is skipped.
+        """
         real_mean, fake_mean = self.means.float().unbind()
         penalty = (real - fake_mean).relu().square().mean() + (real_mean - fake).relu().square().mean()
         with torch.no_grad():
@@ -109,7 +112,8 @@ class LeCam(nn.Module):
             if distributed.is_available() and distributed.is_initialized():
                 distributed.all_reduce(now)
                 now /= distributed.get_world_size()
-            self.means.copy_(self.means.float().lerp(now, 1 - self.decay))
+            moved = self.means.float().lerp(now, 1 - self.decay)
+            self.means.copy_(torch.where(now.isfinite().all(), moved, self.means.float()))
         return penalty
 
 

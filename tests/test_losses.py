@@ -108,6 +108,13 @@ def test_lecams_means_follow_the_logits() -> None:
     torch.testing.assert_close(lecam.means, torch.tensor([2.0, -3.0]), atol=0.02, rtol=0)
 
 
+def test_logits_that_are_not_finite_do_not_spoil_lecams_means() -> None:
+    lecam = LeCam(decay=0.5)
+    lecam(torch.full((4,), 2.0), torch.full((4,), -3.0))
+    lecam(torch.full((4,), torch.nan), torch.full((4,), -torch.inf))
+    torch.testing.assert_close(lecam.means, torch.tensor([1.0, -1.5]))
+
+
 def test_alignment_turns_features_towards_the_teacher() -> None:
     teacher: Tensor = torch.randn(2, 5, 8)
     features = nn.Parameter(torch.randn(2, 5, 8))

@@ -33,7 +33,7 @@ from evatok.losses import LossConfig
 from evatok.models.operations import count_operations
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
 from evatok.training.checkpoint import FolderCheckpoints
-from evatok.training.engine import Engine, EngineOptions, World, join_world
+from evatok.training.engine import Engine, EngineOptions, World, has_bf16, join_world
 from evatok.training.loop import TrainConfig, train
 from evatok.training.reconstruction import RandomAssignments, TokenizerTask
 from evatok.training.tasks import Batch
@@ -87,7 +87,7 @@ def run(settings: Settings) -> dict[str, Any]:
             "workers": 1,
             "micro_batch": {"loop": settings.loop_batch, "adaptive": settings.adaptive_clips},
             "clip": {"loop": _shape(settings.loop), "adaptive": _shape(settings.adaptive)},
-            "precision": "bf16" if _bf16(world) else "fp32",
+            "precision": "bf16" if has_bf16(world.device) else "fp32",
             "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor(),
             "threads": settings.threads,
             "versions": versions(),
@@ -250,7 +250,7 @@ def _measure(
     shape = (clips, 3, config.frames, config.size, config.size)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8).to(world.device)
     model = VideoTokenizer(config)
-    options = EngineOptions(0, clips, 1, (0.9, 0.95), 1e-4, 10.0, 0.0, _bf16(world))
+    options = EngineOptions(0, clips, 1, (0.9, 0.95), 1e-4, 10.0, 0.0, has_bf16(world.device))
     engine = Engine(model, options, world, None)
 
     def step(assignment: Tensor) -> None:
@@ -294,7 +294,7 @@ def _seconds(action: Callable[[], object], world: World) -> float:
 
 def _matmul_rate(world: World) -> float:
     """Operations per second of a large square matrix product on this device and precision."""
-    size, dtype = (8192, torch.bfloat16) if _bf16(world) else (2048, torch.float32)
+    size, dtype = (8192, torch.bfloat16) if has_bf16(world.device) else (2048, torch.float32)
     a, b = (torch.randn(size, size, device=world.device, dtype=dtype) for _ in range(2))
     fastest = min(_seconds(lambda: a @ b, world) for _ in range(6))
     return 2 * size**3 / fastest
@@ -305,10 +305,6 @@ def _peak_memory(world: World) -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _bf16(world: World) -> bool:
-    return world.device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _shape(config: TokenizerConfig) -> list[int]:

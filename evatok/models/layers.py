@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import cast
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from einops import rearrange
@@ -13,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from evatok.config import Config
 from evatok.models.attention import Ranges, attend
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PRESETS: dict[str, tuple[int, int, int]] = {
     "nano": (64, 2, 2),
@@ -183,3 +187,14 @@ class QFormer(nn.Module):
             if number == tap:
                 tapped = x
         return self.norm(x), tapped
+
+
+def without_autocast(method: Callable[P, R]) -> Callable[P, R]:
+    """Run a method in full precision: the nearest or likeliest of thousands is a close call."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return method(*args, **kwargs)
+
+    return run

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import Annotated, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from collections.abc import Iterable
+from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, distributed, nn
+from torch.utils.checkpoint import checkpoint
 
 from evatok.config import Config
+from evatok.models.layers import without_autocast
 
-P = ParamSpec("P")
-R = TypeVar("R")
+USAGE_STEPS = 100
+"""Training steps over which a codebook's usage is measured."""
 
 _CHUNK = 4096
 _LFQ_GROUP = 8
+
+
+ReviveAfter = Annotated[
+    int,
+    Field(
+        ge=0,
+        description="optimizer steps without use after which a code moves onto an input, 0: never (ours; the"
+        " paper states nothing of the kind)",
+    ),
+]
 
 
 class Quantization(NamedTuple):
@@ -43,7 +54,7 @@ class VqConfig(Config):
     commitment: float = Field(0.25, ge=0, description="beta, weight of the commitment term (GigaTok)")
     entropy: float = Field(0.02, ge=0, description="gamma, weight of the entropy term (paper 3.1)")
     temperature: float = Field(0.01, gt=0, description="of the softmax in the entropy term (GigaTok, LARP)")
-    revive_after: int = Field(100, gt=0, description="training steps without use after which a code moves")
+    revive_after: ReviveAfter = 100
 
 
 class ResidualVqConfig(Config):
@@ -54,7 +65,7 @@ class ResidualVqConfig(Config):
     depth: int = Field(4, gt=0, description="codebooks")
     dim: int = Field(8, gt=0, description="channels of a code")
     commitment: float = Field(0.25, ge=0, description="weight of the commitment term")
-    revive_after: int = Field(100, gt=0, description="training steps without use after which a code moves")
+    revive_after: ReviveAfter = 100
 
 
 class FsqConfig(Config):
@@ -85,7 +96,7 @@ class Quantizer(nn.Module):
     depth: int = 1
 
     def forward(self, z: Tensor) -> Quantization:
-        """Quantize ``z [N, dim]``; in training mode also learn from it."""
+        """Quantize ``z [N, dim]``; in training mode also with losses, and noted for ``Codebook.end_step``."""
         raise NotImplementedError
 
     def assign(self, z: Tensor) -> Tensor:
@@ -97,24 +108,16 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
 
-def without_autocast(method: Callable[P, R]) -> Callable[P, R]:
-    """Run a quantizer's method in full precision: the nearest of thousands of codes is a close call."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return method(*args, **kwargs)
-
-    return run
-
-
 class Codebook(nn.Module):
     """K trained vectors that do not stay unused.
 
-    A code that no training input chose for ``revive_after`` steps moves onto an input of the current
-    step; before the first step all count as unused, so the codebook starts from data. The move is kept in
-    a buffer added to the parameter: a sharded or mixed-precision optimizer owns the master copy of every
-    parameter and would silently undo a write to it.
+    A code that no training input chose for ``revive_after`` optimizer steps moves onto an input of the
+    current step; before the first step all count as unused, so the codebook starts from data. The move is
+    kept in a buffer added to the parameter: a sharded or mixed-precision optimizer owns the master copy of
+    every parameter and would silently undo a write to it.
+
+    Forward passes ``note`` what they saw; ``end_step``, once per optimizer step on every worker, acts on it.
+    So nothing but the choice of inputs depends on how a step is cut into micro-batches over workers.
     """
 
     offset: Tensor
@@ -126,38 +129,62 @@ class Codebook(nn.Module):
         self.revive_after = revive_after
         self.weight = nn.Parameter(torch.randn(size, dim) * dim**-0.5)
         self.register_buffer("offset", torch.zeros(size, dim))
-        self.register_buffer("idle", torch.full((size,), revive_after, dtype=torch.int32))
+        # Steps since an input last chose the code; a move does not set it back.
+        unused = max(revive_after, USAGE_STEPS)
+        self.register_buffer("idle", torch.full((size,), unused, dtype=torch.int32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._inputs: list[Tensor] = []
+        self._used: list[Tensor] = []
 
     def vectors(self) -> Tensor:
         """All codes, float32 ``[K, dim]``."""
         return self.weight.float() + self.offset.float()
 
+    def chosen(self, indices: Tensor) -> Tensor:
+        """Which codes ``indices`` name: bool ``[K]``."""
+        return torch.zeros_like(self.idle, dtype=torch.bool).index_fill_(0, indices, True)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def observe(self, z: Tensor, indices: Tensor) -> None:
-        """Note which codes ``z [N, dim]`` chose, over all workers, and move those idle for too long."""
-        size, count = self.weight.shape[0], z.shape[0]
-        used = torch.zeros(size, dtype=torch.int32, device=z.device)
-        used[indices] = 1
+    def note(self, z: Tensor, indices: Tensor) -> None:
+        """Remember until the step ends that ``z [N, dim]`` chose ``indices [N]``."""
+        if not self._inputs:
+            # A copy, because a sharded optimizer takes the parameter away when the forward pass is over.
+            self._weight = self.weight.detach().float().clone()
+        self._inputs.append(z.detach())
+        self._used.append(self.chosen(indices))
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Note which codes the step's inputs chose, over all workers, and move those idle for too long."""
+        if not self._inputs:
+            return
+        z, weight = torch.cat(self._inputs), self._weight
+        used = torch.stack(self._used).any(0).int()
+        self._inputs, self._used = [], []
+        del self._weight
         workers, rank = _world()
         if workers > 1:
             distributed.all_reduce(used, distributed.ReduceOp.MAX)
         self.idle.add_(1).masked_fill_(used.bool(), 0)
-        dead = self.idle >= self.revive_after
+        if self.revive_after:
+            due = (self.idle % self.revive_after == 0) | (self.step == 0)
+            self._move(due & (self.idle > 0), z, weight, workers, rank)
+        self.step.add_(1)
+
+    def _move(self, dead: Tensor, z: Tensor, weight: Tensor, workers: int, rank: int) -> None:
+        size, count = weight.shape[0], z.shape[0]
         # Evenly spaced inputs, another set every step: no random draw, so a resumed run repeats it.
         place = dead.cumsum(0) - 1
         rows = (place * count // dead.sum().clamp(min=1) + self.step * 7919) % count
-        candidates = torch.where(z.isfinite().all(), z[rows], self.vectors())
+        candidates = torch.where(z.isfinite().all(), z[rows], weight + self.offset.float())
         if workers > 1:
             mine = torch.arange(size, device=z.device) % workers == rank
             candidates = candidates * mine[:, None]
             distributed.all_reduce(candidates)
         # The weight, random at first, tells apart codes that landed on the same input.
-        weight = self.weight.float()
         moved = candidates + 0.01 * weight - weight
         self.offset.copy_(torch.where(dead[:, None], moved, self.offset.float()))
-        self.idle.masked_fill_(dead, 0)
-        self.step.add_(1)
 
 
 class VectorQuantizer(Quantizer):
@@ -172,19 +199,16 @@ class VectorQuantizer(Quantizer):
     @without_autocast
     def forward(self, z: Tensor) -> Quantization:
         unit, vectors = F.normalize(z.float(), dim=-1), self._vectors()
-        losses = {}
-        if self.training and self.config.entropy:
-            similarity = unit @ vectors.t()  # [N, K]; half the squared distance of unit vectors, from 1
-            indices = similarity.argmax(-1)
-            penalty = entropy_penalty(2 * similarity / self.config.temperature)
-            losses["entropy"] = self.config.entropy * penalty
-        else:
-            indices = nearest(unit, vectors)
+        indices = nearest(unit, vectors)
         codes = vectors[indices]
+        losses = {}
         if self.training:
+            if self.config.entropy:
+                penalty = entropy_penalty(unit, vectors, self.config.temperature)
+                losses["entropy"] = self.config.entropy * penalty
             losses["vq"] = F.mse_loss(codes, unit.detach())
             losses["commitment"] = self.config.commitment * F.mse_loss(unit, codes.detach())
-            self.codebook.observe(unit.detach(), indices)
+            self.codebook.note(unit, indices)
         metrics = codebook_metrics([self.codebook], indices)
         return Quantization(unit + (codes - unit).detach(), indices, losses, metrics)
 
@@ -220,7 +244,7 @@ class ResidualVectorQuantizer(Quantizer):
             losses["vq"] = F.mse_loss(codes, targets.detach()) * self.depth
             losses["commitment"] = self.config.commitment * F.mse_loss(z, total.detach())
             for codebook, rest, chosen in zip(self.codebooks, targets.unbind(1), indices.unbind(1)):
-                codebook.observe(rest.detach(), chosen)
+                codebook.note(rest, chosen)
         metrics = codebook_metrics(self.codebooks, indices)
         return Quantization(z + (total - z).detach(), indices, losses, metrics)
 
@@ -318,7 +342,7 @@ class LookupFreeQuantizer(Quantizer):
         for part in torch.split(unit, _LFQ_GROUP, dim=-1):
             bits = part.shape[-1]
             corners = self._corners(torch.arange(2**bits, device=unit.device), bits)
-            total = total + entropy_penalty(2 * part @ corners.t() / self.config.temperature)
+            total = total + entropy_penalty(part, corners, self.config.temperature)
         return total
 
 
@@ -333,17 +357,26 @@ def build_quantizer(config: VqConfig | ResidualVqConfig | FsqConfig | LfqConfig)
     return LookupFreeQuantizer(config)
 
 
-def entropy_penalty(logits: Tensor) -> Tensor:
-    """MAGVIT-v2's entropy term of assignment ``logits [N, K]``.
+def entropy_penalty(z: Tensor, vectors: Tensor, temperature: float) -> Tensor:
+    """MAGVIT-v2's entropy term of ``z [N, dim]`` softly assigned to ``vectors [K, dim]``.
 
-    Mean entropy of a sample's soft assignment (low: confident) minus the entropy of the mean assignment
-    (high: all codes in use); between -log K and log K.
+    The assignment is the softmax of minus the squared distances over ``temperature``, for vectors of one
+    length. Mean entropy of a sample's assignment (low: confident) minus the entropy of the mean assignment
+    (high: all codes in use); between -log K and log K. Holds part of the ``[N, K]`` table at a time.
     """
-    log_p = logits.log_softmax(-1)
+    parts = [
+        checkpoint(_entropy_sums, part, vectors, temperature, use_reentrant=False, preserve_rng_state=False)
+        for part in torch.split(z, _CHUNK)
+    ]
+    entropy, mass = (torch.stack(sums).sum(0) / len(z) for sums in zip(*parts))
+    return entropy + (mass * mass.clamp(min=1e-8).log()).sum()
+
+
+def _entropy_sums(z: Tensor, vectors: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Summed over the samples: the entropy of the assignment, and the assignment ``[K]``."""
+    log_p = (2 * z @ vectors.t() / temperature).log_softmax(-1)
     p = log_p.exp()
-    sample = -(p * log_p).sum(-1).mean()
-    mean = p.mean(0)
-    return sample + (mean * mean.clamp(min=1e-8).log()).sum()
+    return -(p * log_p).sum(), p.sum(0)
 
 
 def nearest(z: Tensor, vectors: Tensor) -> Tensor:
@@ -353,10 +386,13 @@ def nearest(z: Tensor, vectors: Tensor) -> Tensor:
 
 
 def codebook_metrics(codebooks: Iterable[Codebook], indices: Tensor) -> dict[str, Tensor]:
-    """Usage (share of codes in recent use, 0..1) and perplexity of this batch (1..K), over all codebooks."""
-    sizes = {codebook.weight.shape[0] for codebook in codebooks}
-    usage = [(codebook.idle < codebook.revive_after).float().mean() for codebook in codebooks]
-    perplexity = [_perplexity(chosen, max(sizes)) for chosen in indices.view(len(indices), -1).unbind(1)]
+    """Usage (share of codes chosen here or in the last 100 steps, 0..1) and perplexity of this batch (1..K),
+    mean over the codebooks. A code that moved onto an input is not in use before an input chooses it."""
+    usage, perplexity = [], []
+    for codebook, column in zip(codebooks, indices.view(len(indices), -1).unbind(1)):
+        used = (codebook.idle < USAGE_STEPS) | codebook.chosen(column)
+        usage.append(used.float().mean())
+        perplexity.append(_perplexity(column, len(used)))
     return {
         "codebook_usage": torch.stack(usage).mean(),
         "codebook_perplexity": torch.stack(perplexity).mean(),

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from evatok.config import Config
-from evatok.models.layers import TransformerSize, encoder_layer
+from evatok.models.layers import TransformerSize, encoder_layer, without_autocast
 from evatok.models.patches import centred, patchify
 from evatok.models.pretrained import PretrainedModel
 from evatok.models.tokenizer import Size
@@ -104,7 +104,11 @@ class Router(PretrainedModel):
 
     def forward(self, clips: Tensor, w_q: Tensor | None = None) -> Tensor:
         """Log-probabilities float32 [B, m ** T], assignments in the order of ``AssignmentSpace``."""
-        features = self.features(clips, w_q)
+        return self._score(self.features(clips, w_q), w_q)
+
+    @without_autocast
+    def _score(self, features: Tensor, w_q: Tensor | None) -> Tensor:
+        features = features.to(self.patch.weight.dtype)
         if isinstance(self.head, PricedHead):
             assert w_q is not None
             return self.head(features, w_q).float()  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 
 from evatok.assignment.policies import Policy, RouterPolicy, Sources
+from evatok.models.layers import without_autocast
 from evatok.stages.fitting import train_problems
 from evatok.stages.reconstruction import (
     TokenizerTraining,
@@ -31,7 +32,10 @@ class TokenizerStageConfig(TokenizerTraining):
 
 @dataclass(frozen=True)
 class PolicyAssignments:
-    """Assigns as ``policy`` does; travels to the workers with everything the policy draws on."""
+    """Assigns as ``policy`` does; travels to the workers with everything the policy draws on.
+
+    In full precision whatever the training's, so that a clip gets the tokens that it gets elsewhere.
+    """
 
     policy: Policy
     sources: Sources
@@ -39,11 +43,12 @@ class PolicyAssignments:
     def __call__(self, device: torch.device) -> Assigner:
         assign = self.policy.bind(self.sources.to(device))
 
-        def without_gradients(clips: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        @without_autocast
+        def aside(clips: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
                 return assign(clips, positions)
 
-        return without_gradients
+        return aside
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Checkpoints that know no world size: whole tensors in safetensors, counters in JSON.
 
-``state.json`` holds the counters, ``<engine>.safetensors`` all tensors of one engine under the keys that
-``Engine.state`` gives. Any number of workers, at any ZeRO stage, loads what any other wrote.
+``state.json`` holds the counters and the newest metrics, ``<engine>.safetensors`` all tensors of one engine
+under the keys that ``Engine.state`` gives. Any number of workers, at any ZeRO stage, loads what any other
+wrote.
 """
 
 from __future__ import annotations
@@ -23,25 +24,30 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a run needs to go on: finished steps, clips seen, skipped micro-batches, engines' tensors."""
+    """What a run needs to go on: finished steps, clips seen, skipped losses and updates, engines' tensors.
+
+    ``metrics``: the newest of the curves, so that a run that ended before it could report them still can.
+    """
 
     step: int
     samples: int
     skipped: int
     engines: Mapping[str, Mapping[str, Tensor]]
+    metrics: Mapping[str, float]
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in self.engines.items():
             save_file(dict(tensors), folder / f"{name}.safetensors")
         counters = {"step": self.step, "samples": self.samples, "skipped": self.skipped}
-        (folder / STATE).write_text(json.dumps(counters | {"engines": sorted(self.engines)}))
+        rest = {"engines": sorted(self.engines), "metrics": dict(self.metrics)}
+        (folder / STATE).write_text(json.dumps(counters | rest))
 
     @classmethod
     def load(cls, folder: Path) -> TrainState:
         counters = json.loads((folder / STATE).read_text())
         engines = {name: load_file(folder / f"{name}.safetensors") for name in counters["engines"]}
-        return cls(counters["step"], counters["samples"], counters["skipped"], engines)
+        return cls(counters["step"], counters["samples"], counters["skipped"], engines, counters["metrics"])
 
 
 class Checkpoints(Protocol):

@@ -36,20 +36,31 @@ class Curves:
     of the elapsed time, ``time_data``, ``time_forward``, ``time_backward`` and ``time_optimizer``.
     """
 
-    def __init__(self, world: World, sinks: Sequence[Sink], step: int, samples: int, steps: int):
+    def __init__(
+        self,
+        world: World,
+        sinks: Sequence[Sink],
+        step: int,
+        samples: int,
+        steps: int,
+        latest: Mapping[str, float],
+    ):
         self._world, self._sinks, self._steps = world, sinks, steps
         self._step, self._samples = step, samples
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._seconds: dict[str, float] = defaultdict(float)
         self._begun = self._flushed = time.perf_counter()
-        self.latest: dict[str, float] = {}
+        self.latest = dict(latest)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Count the block's time as ``data``, ``forward``, ``backward`` or ``optimizer``."""
+        """Count the block's time as ``data``, ``forward``, ``backward`` or ``optimizer``, the device's work
+        included."""
         begun = time.perf_counter()
         yield
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
         self._seconds[part] += time.perf_counter() - begun
 
     def add(self, metrics: Mapping[str, Tensor | float]) -> None:

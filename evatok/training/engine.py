@@ -48,6 +48,11 @@ def join_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device's own units compute in bfloat16; a GPU before Ampere only emulates it, slowly."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How an engine steps. ``clip``: largest gradient norm, 0 for none; ``ema``: decay, 0 for no average."""
@@ -84,6 +89,8 @@ class Engine:
         # The rate is set before every step; DeepSpeed gets a client optimizer so that it compiles none.
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=options.betas)
         self._names = {p: name for name, p in module.named_parameters() if p.requires_grad}
+        if not options.zero_stage:
+            optimizer.register_step_pre_hook(self._clip_or_drop)
         self._engine, *_ = deepspeed.initialize(
             model=module.to(world.device), optimizer=optimizer, config=_deepspeed_config(options, world)
         )
@@ -99,11 +106,16 @@ class Engine:
         """Add the gradients of ``loss`` (mean over a micro-batch) over the accumulation steps."""
         self._engine.backward(loss)
 
-    def step(self, rate: float) -> None:
-        """Average gradients over the ranks, clip, update the parameters and their moving average."""
+    def step(self, rate: float) -> bool:
+        """Average gradients over the ranks, clip, update the parameters and their moving average.
+
+        False, on every rank alike, when the gradient was not finite: then nothing was changed.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
+        if not self._engine.was_step_applied():
+            return False
         self.updates += 1
         if self._average:
             # As TensorFlow's moving average does, so that short runs do not stay at the initial weights.
@@ -111,6 +123,24 @@ class Engine:
             torch._foreach_lerp_(
                 list(self._average.values()), [self._local(p) for p in self._average], 1 - decay
             )
+        return True
+
+    def finite(self) -> Tensor:
+        """Whether this rank's parameters, averages and buffers are: a bool scalar on the device."""
+        values = [self._local(p) for p in self._names] + list(self._average.values())
+        values += [buffer for _, buffer in self._buffers() if buffer.is_floating_point()]
+        return torch.stack([value.isfinite().all() for value in values]).all()
+
+    def _clip_or_drop(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Stage 0, after the ranks' gradients were averaged: what DeepSpeed does itself at stages 1 to 3."""
+        parameters = [p for p in self._names if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        optimizer.overflow = not bool(norm.isfinite())  # type: ignore[attr-defined]  # DeepSpeed reads it
+        if optimizer.overflow:  # type: ignore[attr-defined]
+            for parameter in parameters:
+                parameter.grad = None
+        elif self._options.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self._options.clip, norm)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -281,7 +311,7 @@ def _deepspeed_config(options: EngineOptions, world: World) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": options.micro_batch,
         "gradient_accumulation_steps": options.accumulation,
         "managed_gradient_accumulation": False,  # the loop says when a step ends
-        "gradient_clipping": options.clip,
+        "gradient_clipping": options.clip if options.zero_stage else 0.0,  # at stage 0 we clip
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from evatok.config import OPERATIONAL, Config, problems
 from evatok.errors import UserError
 from evatok.training.checkpoint import Checkpoints, TrainState
 from evatok.training.curves import Curves, Sink, mean_over_ranks
-from evatok.training.engine import Engine, EngineOptions, World, join_world
+from evatok.training.engine import Engine, EngineOptions, World, has_bf16, join_world
 from evatok.training.schedules import Shape, learning_rate
 from evatok.training.tasks import Batch, Task
 from evatok.training.tracking import Tracker
@@ -33,7 +33,9 @@ class TrainConfig(Config):
     micro_batch: Annotated[int | None, OPERATIONAL] = Field(
         default=None,
         ge=1,
-        description="clips per forward pass of one worker; default: its whole share of a step",
+        description="clips per forward pass of one worker; default: its whole share of a step. A "
+        "quantizer's terms are means over the tokens of these clips, the entropy term's mean assignment too; "
+        "the batch norm in the heads of a VideoMAE adversary is over groups of at most 8 of them",
     )
     lr: float = Field(default=1e-4, gt=0, description="peak learning rate (EVATok Sec. H)")
     final_lr: float = Field(default=1e-6, ge=0, description="learning rate of the last step (EVATok Sec. H)")
@@ -62,7 +64,9 @@ class TrainConfig(Config):
     recompute: Annotated[bool, OPERATIONAL] = Field(
         default=False, description="keep each layer's input only and run the layer again in backward"
     )
-    max_skipped: int = Field(default=10, ge=1, description="non-finite losses in a row that end the run")
+    max_skipped: int = Field(
+        default=10, ge=1, description="non-finite losses or gradients in a row that end the run"
+    )
     log_every: Annotated[int, OPERATIONAL] = Field(
         default=50, ge=1, description="steps that a curve's point averages"
     )
@@ -143,12 +147,14 @@ def train(
 
     ``batches(start)``: this rank's micro-batches in order, from global sample position ``start`` on.
     ``evaluation``: this rank's held-out batches, equally many on every rank.
-    Raises UserError when the loss stays non-finite; the newest checkpoint is then one from before.
+    Raises UserError, on every rank, when losses or gradients stay non-finite, or weights become so; the
+    newest checkpoint is then one from before.
     """
     world = join_world()
     config.check(world.size)
-    run = _Run(task, config, world, seed, checkpoints.latest())
-    curves = Curves(world, sinks, run.step, run.samples, config.steps)
+    saved = checkpoints.latest()
+    run = _Run(task, config, world, seed, saved)
+    curves = Curves(world, sinks, run.step, run.samples, config.steps, saved.metrics if saved else {})
     source = iter(batches(run.samples))
     while run.step < config.steps:
         run.take_step(source, curves)
@@ -158,14 +164,15 @@ def train(
             curves.point(run.step, run.samples)
         if evaluation and (last or (config.eval_every and run.step % config.eval_every == 0)):
             curves.evaluated(run.step, run.samples, run.evaluate(evaluation))
-        if save and run.skipped_in_a_row == 0:
+        if save and not run.in_a_row["model"]:
+            run.check_weights()
             curves.flush()
-            checkpoints.save(run.state(), {**curves.latest, "step": run.step, "samples": run.samples})
+            checkpoints.save(
+                run.state(curves.latest), {**curves.latest, "step": run.step, "samples": run.samples}
+            )
     curves.flush()
-    weights = run.engines["model"].weights()
-    if not all(bool(value.isfinite().all()) for value in weights.values()):
-        raise run.diverged()
-    return Trained(curves.latest, weights)
+    run.check_weights()
+    return Trained(curves.latest, run.engines["model"].weights())
 
 
 class _Run:
@@ -176,11 +183,11 @@ class _Run:
         self.step = saved.step if saved else 0
         self.samples = saved.samples if saved else 0
         self.skipped = saved.skipped if saved else 0
-        self.skipped_in_a_row = 0
+        self.in_a_row: Counter[str] = (
+            Counter()
+        )  # per engine, losses and updates skipped since its last update
         self.accumulation = config.global_batch // (config.micro(world.size) * world.size)
-        bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and world.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(world.device))
         self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
         torch.manual_seed(seed)
         self.engines = {
@@ -188,6 +195,8 @@ class _Run:
             for name, module in self._prepared(task.build(world.device)).items()
         }
         self.modules = {name: engine.forward for name, engine in self.engines.items()}
+        parts = [part for engine in self.engines.values() for part in engine.module.modules()]
+        self.learners: list[Any] = [part for part in parts if hasattr(part, "end_step")]
 
     def _prepared(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
         for name, module in modules.items():
@@ -218,6 +227,7 @@ class _Run:
     def take_step(self, source: Iterator[Batch], curves: Curves) -> None:
         """One optimizer step of every engine that got a loss, over ``global_batch`` clips."""
         stepping: set[str] = set()
+        lost: Counter[str] = Counter()
         for index in range(self.accumulation):
             with curves.timed("data"):
                 batch = self._receive(source)
@@ -225,22 +235,28 @@ class _Run:
             losses = self.task.losses(self.modules, batch, self.step)
             finite = True
             while finite:
-                with curves.timed("forward"), self.autocast:
-                    found = next(losses, None)
-                if found is None:
-                    break
-                name, loss, metrics = found
-                finite = self._finite_everywhere(loss)
+                with curves.timed("forward"):
+                    with self.autocast:
+                        found = next(losses, None)
+                    if found is None:
+                        break
+                    name, loss, metrics = found
+                    finite = self._everywhere(loss.detach().isfinite())
                 if finite:
                     with curves.timed("backward"):
                         self.engines[name].backward(loss)
                     stepping.add(name)
                     curves.add(metrics)
-            self._count(finite)
+                else:
+                    lost[name] += 1
+        for learner in self.learners:
+            learner.end_step()
         rate = self.config.rate(self.step)
         with curves.timed("optimizer"):
-            for name in sorted(stepping):
-                self.engines[name].step(rate * self.task.rate_scale(name))
+            stepped = {
+                name: self.engines[name].step(rate * self.task.rate_scale(name)) for name in sorted(stepping)
+            }
+        self._count(lost, stepped)
         self.step += 1
         self.samples += self.config.global_batch
         curves.add({"lr": rate, "skipped": float(self.skipped)})
@@ -268,12 +284,12 @@ class _Run:
             raise RuntimeError(f"the task says that it evaluates {sorted(missing)}, and did not")
         return found
 
-    def state(self) -> TrainState | None:
+    def state(self, metrics: Mapping[str, float]) -> TrainState | None:
         """Whole state on rank 0, None on the others; every rank calls it."""
         engines = {name: engine.state() for name, engine in self.engines.items()}
         if self.world.rank != 0:
             return None
-        return TrainState(self.step, self.samples, self.skipped, engines)
+        return TrainState(self.step, self.samples, self.skipped, engines, metrics)
 
     def _receive(self, source: Iterator[Batch]) -> Batch:
         batch = next(source)
@@ -292,25 +308,34 @@ class _Run:
         place = [self.seed, self.step, index, self.world.rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
-    def _finite_everywhere(self, loss: Tensor) -> bool:
-        finite = torch.isfinite(loss.detach()).float()
+    def _everywhere(self, finite: Tensor) -> bool:
+        """Whether a bool scalar is true on every rank."""
+        flag = finite.float()
         if self.world.size > 1:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        return bool(finite)
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return bool(flag)
 
-    def _count(self, finite: bool) -> None:
-        if finite:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.config.max_skipped:
-            raise self.diverged()
+    def _count(self, lost: Counter[str], stepped: Mapping[str, bool]) -> None:
+        """``lost``: non-finite losses per engine; ``stepped``: whether its gradient was finite."""
+        lost.update(name for name, finite in stepped.items() if not finite)
+        self.skipped += lost.total()
+        for name in self.engines:
+            self.in_a_row[name] = 0 if stepped.get(name) else self.in_a_row[name] + lost[name]
+            if self.in_a_row[name] >= self.config.max_skipped:
+                raise self._diverged(
+                    f"{self.in_a_row[name]} losses or gradients in a row were not finite, the last at step "
+                    f"{self.step}"
+                )
 
-    def diverged(self) -> UserError:
+    def check_weights(self) -> None:
+        """Every rank calls it and raises UserError alike when a weight is not finite."""
+        finite = torch.stack([engine.finite() for engine in self.engines.values()]).all()
+        if not self._everywhere(finite):
+            raise self._diverged(f"the weights are not finite after step {self.step}")
+
+    def _diverged(self, how: str) -> UserError:
         return UserError(
-            f"training diverged: {self.skipped_in_a_row} losses in a row were not finite, the last at "
-            f"step {self.step}. The newest checkpoint is from before and is kept. Lower train.lr or "
+            f"training diverged: {how}. The newest checkpoint is from before and is kept. Lower train.lr or "
             "train.clip, lengthen train.warmup, or set train.precision to fp32."
         )
 

@@ -13,6 +13,7 @@ from evatok.artifacts import Location
 from evatok.assignment.reward import RewardStatistics, RewardWeights, reward, sample_weights
 from evatok.assignment.space import AssignmentSpace
 from evatok.assignment.table import RewardRows, RewardTable
+from evatok.models.layers import without_autocast
 from evatok.models.router import PricedHead, Router, RouterConfig, RouterObjective
 from evatok.training.tasks import Batch, Metrics, Modules, Task
 
@@ -65,7 +66,9 @@ class RouterTask(Task):
         loss = self.objective.loss(log_probs, rewards)
         yield "model", loss, {"loss": loss, **self._figures(log_probs.detach(), rewards)}
 
+    @without_autocast
     def evaluate(self, modules: Modules, batch: Batch) -> Metrics:
+        """In full precision, as the router is used afterwards."""
         rewards = self._rewards(batch, self.weights)
         w_q = torch.full((len(rewards),), float(self.weights.w_q), device=rewards.device)
         log_probs = modules["model"](batch["clip"], *([w_q] if self.router.conditioned else []))

@@ -35,7 +35,10 @@ class Task(ABC):
 
     @abstractmethod
     def build(self, device: torch.device) -> dict[str, nn.Module]:
-        """The modules to train by engine name, ``model`` among them; what is frozen stays inside the task."""
+        """The modules to train by engine name, ``model`` among them; what is frozen stays inside the task.
+
+        Of every part of them that has an ``end_step`` the loop calls it once per optimizer step.
+        """
 
     @abstractmethod
     def losses(self, modules: Modules, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:

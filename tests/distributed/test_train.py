@@ -89,8 +89,10 @@ def test_a_driver_that_comes_back_goes_on_from_the_last_checkpoint(
     with pytest.raises(ray.train.TrainingFailedError):
         ray_run(tmp_path / "run", task, max_failures=0)
     # The second attempt has another number of workers, too.
-    ray_run(tmp_path / "run", task, workers=1)
+    ended = ray_run(tmp_path / "run", task, workers=1)
     assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted.folder), rel=1e-5)
+    # A third that finds the training finished, as when the driver died before it wrote the manifest.
+    assert ray_run(tmp_path / "run", task, workers=1) == ended
 
 
 def test_progress_that_is_lost_ends_no_training(
@@ -127,7 +129,7 @@ def test_progress_comes_by_the_drivers_own_node(
 
 def test_a_diverged_loss_is_told_to_the_user_and_not_retried(ray_cluster: str, tmp_path: Path) -> None:
     task = toy.ToyTask(poison=tuple(range(3, 12)))
-    with pytest.raises(UserError, match="training diverged: 3 losses in a row"):
+    with pytest.raises(UserError, match="training diverged: 3 losses or gradients in a row"):
         ray_run(tmp_path, task, workers=1, changes={"max_skipped": 3})
 
 

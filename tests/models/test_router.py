@@ -46,6 +46,17 @@ def test_the_reward_weight_changes_the_answer_of_a_conditioned_router_and_is_req
         small()(clips, torch.tensor([1.0, 1.0]))
 
 
+@pytest.mark.parametrize("changes", [{}, {"head": "factorised"}, {"conditioned": True}])
+def test_the_head_scores_in_full_precision_under_autocast(changes: dict[str, object]) -> None:
+    router = small(choices=(2, 4, 8, 16, 32), **changes)
+    clips = torch.rand(2, 3, 8, 16, 16)
+    w_q = torch.tensor([0.4, 1.2]) if router.config.conditioned else None
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs, features = router(clips, w_q), router.features(clips, w_q)
+    torch.testing.assert_close(log_probs, router._score(features, w_q))
+    assert all(len(row.unique()) == len(row) for row in log_probs), "bfloat16 would tie some of the 25"
+
+
 def test_factorised_head_scores_one_assignment_as_in_the_whole_table() -> None:
     head = FactorisedHead(SMALL)
     features = torch.randn(4, 4, 16)  # three blocks

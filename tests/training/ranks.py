@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy import ToyTask, toy_run
@@ -25,14 +27,21 @@ def main(folder: Path, alone: Path) -> None:
         dist.barrier()
         continued, _ = toy_run(other, zero_stage=stage)
         gan, _ = toy_run(folder / f"gan{stage}", ToyTask(adversarial=True), zero_stage=stage)
+        steep, spared = toy_run(folder / f"steep{stage}", ToyTask(steep=(3, 7, 11)), zero_stage=stage)
         if first():
             losses = {"rows": rows.losses, "resumed": resumed.losses, "continued": continued.losses}
             losses |= {"gan": [row.get("margin") for row in gan], "gan_loss": gan.losses}
-            losses["weights"] = {name: value.flatten().tolist() for name, value in trained.weights.items()}
+            losses["skipped"] = [row["skipped"] for row in steep]
+            losses["weights"] = flat(trained.weights)
+            losses["spared"] = flat(spared.weights)
             (folder / f"stage{stage}.json").write_text(json.dumps(losses))
     # Not by way of the interpreter's end, where gloo's threads abort one process in forty under load.
     dist.barrier()
     os._exit(0)
+
+
+def flat(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    return {name: value.flatten().tolist() for name, value in weights.items()}
 
 
 def first() -> bool:

@@ -2,7 +2,9 @@
 
 import shutil
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from toy import Rows, ToyTask, toy_batches, toy_config, toy_run, toy_samples
 from evatok.artifacts import Location
 from evatok.errors import UserError
 from evatok.training.checkpoint import FolderCheckpoints
-from evatok.training.loop import train
+from evatok.training.curves import Curves
+from evatok.training.engine import World, has_bf16
+from evatok.training.loop import _Run, train
 
 
 def test_a_task_is_overfitted(tmp_path: Path) -> None:
@@ -49,10 +53,12 @@ def test_an_evaluation_that_lacks_what_its_task_declares_is_a_fault(tmp_path: Pa
         toy_run(tmp_path, Forgetful(), evaluation=[toy_samples(torch.arange(4))])
 
 
-def test_a_finished_run_only_gives_its_weights_again(tmp_path: Path) -> None:
+def test_a_finished_run_only_gives_its_weights_and_metrics_again(tmp_path: Path) -> None:
     _, ended = toy_run(tmp_path)
     rows, again = toy_run(tmp_path)
     assert not rows
+    assert again.metrics == ended.metrics
+    assert again.metrics["loss"] > 0
     assert all(torch.equal(ended.weights[name], again.weights[name]) for name in ended.weights)
 
 
@@ -91,12 +97,85 @@ def test_a_non_finite_loss_is_skipped_and_counted(tmp_path: Path) -> None:
 
 
 def test_non_finite_losses_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="5 losses in a row were not finite, the last at step 11"):
+    with pytest.raises(
+        UserError, match="5 losses or gradients in a row were not finite, the last at step 11"
+    ):
         toy_run(tmp_path, ToyTask(poison=tuple(range(7, 20))), micro_batch=8, max_skipped=5, steps=20)
     last = FolderCheckpoints(Location.parse(tmp_path)).latest()
     assert last is not None
     assert last.step == 6
     assert all(torch.isfinite(value).all() for value in last.engines["model"].values())
+
+
+def test_a_non_finite_gradient_is_skipped_and_counted(tmp_path: Path) -> None:
+    rows, trained = toy_run(tmp_path, ToyTask(steep=(3, 7)))
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert all(torch.isfinite(value).all() for value in trained.weights.values())
+
+
+def test_a_discriminators_non_finite_gradient_skips_its_update_alone(tmp_path: Path) -> None:
+    task = ToyTask(adversarial=True, steep=(4,), steep_engine="discriminator")
+    rows, _ = toy_run(tmp_path, task)
+    assert rows[-1]["skipped"] == 1
+    last = FolderCheckpoints(Location.parse(tmp_path)).latest()
+    assert last is not None
+    assert int(last.engines["model"]["updates"]) == 12
+    assert int(last.engines["discriminator"]["updates"]) == 5
+    assert all(value.isfinite().all() for value in last.engines["discriminator"].values())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_non_finite_gradients_in_a_row_stop_the_run(tmp_path: Path, stage: int) -> None:
+    with pytest.raises(UserError, match="3 losses or gradients in a row were not finite, the last at step 9"):
+        toy_run(tmp_path, ToyTask(steep=tuple(range(7, 20))), max_skipped=3, steps=20, zero_stage=stage)
+    last = FolderCheckpoints(Location.parse(tmp_path)).latest()
+    assert last is not None
+    assert last.step == 6
+
+
+def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
+    class Breaking(ToyTask):
+        def losses(self, modules, batch, step):
+            yield from super().losses(modules, batch, step)
+            if step == 1:
+                modules["model"][0].bias.data[0] = torch.inf
+
+    with pytest.raises(UserError, match="training diverged: the weights are not finite after step 2"):
+        toy_run(tmp_path, Breaking(), checkpoint_every=1)
+    last = FolderCheckpoints(Location.parse(tmp_path)).latest()
+    assert last is not None
+    assert last.step == 1
+
+
+def test_waiting_for_a_loss_counts_as_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(run: _Run, finite: torch.Tensor) -> bool:
+        time.sleep(0.05)
+        return bool(finite)
+
+    monkeypatch.setattr(_Run, "_everywhere", slow)
+    rows, _ = toy_run(tmp_path, steps=2, micro_batch=8)
+    assert all(row["time_forward"] * 8 / row["clips_per_second"] > 0.05 for row in rows)
+
+
+def test_a_part_of_a_step_is_timed_with_the_devices_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(0.05))
+    curves = Curves(World(0, 1, torch.device("cuda")), [], 0, 0, 1, {})
+    with curves.timed("backward"):
+        pass
+    assert curves._seconds["backward"] >= 0.05
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, False), (8, True)])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, major: int, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert has_bf16(torch.device("cuda")) is expected
+    assert not has_bf16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("keep_by", ["eval_psnr", "best loss", "max eval psnr"])

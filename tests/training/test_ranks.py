@@ -20,7 +20,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("alone")
     rows, trained = toy_run(folder)
     gan, _ = toy_run(tmp_path_factory.mktemp("gan"), ToyTask(adversarial=True))
-    return SimpleNamespace(folder=folder, losses=rows.losses, weights=trained.weights, gan=gan)
+    _, spared = toy_run(tmp_path_factory.mktemp("steep"), ToyTask(steep=(3, 7, 11)))
+    return SimpleNamespace(
+        folder=folder, losses=rows.losses, weights=trained.weights, gan=gan, spared=spared.weights
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,12 @@ def result(pair: Path, stage: int) -> dict[str, list[float]]:
     return json.loads((pair / f"stage{stage}.json").read_text())
 
 
+def assert_same_weights(found: dict[str, list[float]], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(torch.tensor(value), expected[name].flatten(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_workers_have_the_losses_of_one(alone: SimpleNamespace, pair: Path, stage: int) -> None:
     assert result(pair, stage)["rows"] == pytest.approx(alone.losses, rel=1e-5)
@@ -44,10 +53,15 @@ def test_two_workers_have_the_losses_of_one(alone: SimpleNamespace, pair: Path, 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_workers_end_with_the_weights_of_one(alone: SimpleNamespace, pair: Path, stage: int) -> None:
-    weights = result(pair, stage)["weights"]
-    assert weights.keys() == alone.weights.keys()
-    for name, value in weights.items():
-        torch.testing.assert_close(torch.tensor(value), alone.weights[name].flatten(), rtol=1e-4, atol=1e-6)
+    assert_same_weights(result(pair, stage)["weights"], alone.weights)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_ranks_infinite_gradient_is_skipped_by_all_and_counted(
+    alone: SimpleNamespace, pair: Path, stage: int
+) -> None:
+    assert result(pair, stage)["skipped"] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert_same_weights(result(pair, stage)["spared"], alone.spared)
 
 
 @pytest.mark.parametrize("stage", STAGES)

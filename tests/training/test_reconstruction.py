@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,27 @@ def test_a_resumed_tokenizer_has_the_same_losses_bit_for_bit(tmp_path: Path, sta
     Location.parse(tmp_path).delete("step-000000006")
     resumed, _ = run(tmp_path, task(), zero_stage=stage)
     assert resumed.losses == whole.losses[3:]
+
+
+def test_micro_batches_change_no_codebook(tmp_path: Path) -> None:
+    # A micro-batch's size does change means over its tokens: no entropy term here, and clips of one length.
+    quantizer = {"kind": "vq", "size": 64, "entropy": 0.0, "revive_after": 2}
+    built = replace(
+        task(),
+        tokenizer=TokenizerConfig(**SMALL, quantizer=quantizer),
+        assignments=lambda device: lambda clips, positions: torch.full((len(clips), 2), 8),
+    )
+
+    def in_micro_batches(start: int):
+        for batch in batches(start):
+            yield from (clips_at(position) for position in batch["position"].split(1))
+
+    rows, cut_rows = Rows(), Rows()
+    for name, size, stream, sink in (("whole", 4, batches, rows), ("cut", 1, in_micro_batches, cut_rows)):
+        settings = TrainConfig(**TRAIN | {"micro_batch": size})
+        kept = FolderCheckpoints(Location.parse(tmp_path / name))
+        train(built, settings, stream, seed=0, checkpoints=kept, sinks=[sink])
+    assert cut_rows.losses == pytest.approx(rows.losses, rel=1e-4)
 
 
 def test_running_layers_again_changes_no_loss(tmp_path: Path) -> None:

@@ -32,9 +32,10 @@ def clip(row: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Location:
     location = Location.parse(tmp_path_factory.mktemp("table"))
-    rows = torch.randperm(CLIPS, generator=torch.Generator().manual_seed(0))
+    draws = torch.Generator().manual_seed(0)
+    rows = torch.randperm(CLIPS, generator=draws)
     need = torch.where(rows % 3 == 0, 0.0, 1.0).unsqueeze(1)
-    quality = need * (1 - SPACE.totals() / 32) + 0.001 * torch.rand(CLIPS, SPACE.size)
+    quality = need * (1 - SPACE.totals() / 32) + 0.001 * torch.rand(CLIPS, SPACE.size, generator=draws)
     ids = [f"clip{row}" for row in rows.tolist()]
     table = to_table(RewardRows(ids, rows, ["train"] * CLIPS, {"dssim": quality}))
     location.write_table("00000000.parquet", table)
@@ -99,3 +100,12 @@ def test_a_clip_that_was_not_curated_is_an_error(table: Location, tmp_path: Path
     stranger = batch(torch.arange(4)) | {"row": torch.tensor([0, 1, 2, 999])}
     with pytest.raises(RuntimeError, match=r"no clips with index rows \[999\]"):
         next(built.losses(modules, stranger, 0))
+
+
+def test_a_router_is_evaluated_in_full_precision_under_autocast(table: Location) -> None:
+    built = task(table)
+    modules = built.build(torch.device("cpu"))
+    exact = built.evaluate(modules, batch(torch.arange(8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        blurred = built.evaluate(modules, batch(torch.arange(8)))
+    assert torch.equal(blurred["loss"], exact["loss"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from evatok.artifacts import Location
@@ -27,6 +28,8 @@ class ToyTask(Task):
     dropout: float = 0.0
     adversarial: bool = False
     poison: tuple[int, ...] = ()  # steps whose loss is made infinite
+    steep: tuple[int, ...] = ()  # steps whose loss is finite, but on the last rank its gradient is not,
+    steep_engine: str = "model"  # for this engine
     die_at: int = -1  # step at which one process kills itself, once,
     marker: str = ""  # which is when this file is not there yet
 
@@ -47,6 +50,8 @@ class ToyTask(Task):
             os.kill(os.getpid(), signal.SIGKILL)
         x, y = batch["x"], batch["y"]
         prediction = modules["model"](x)
+        if step in self.steep and self.steep_engine == "model":
+            make_steep(prediction)
         loss = (prediction - y).square().mean()
         metrics = {"loss": loss}
         if step in self.poison:
@@ -59,7 +64,10 @@ class ToyTask(Task):
             loss, metrics["fooled"] = loss + 0.1 * fooled, fooled
         yield "model", loss, metrics
         if self.adversarial and step % 2 == 0:
-            margin = discriminator(prediction.detach()).mean() - discriminator(y).mean()
+            logits = discriminator(prediction.detach())
+            if step in self.steep and self.steep_engine == "discriminator":
+                make_steep(logits)
+            margin = logits.mean() - discriminator(y).mean()
             yield "discriminator", margin + 0.1 * margin**2, {"margin": margin}
 
     def evaluate(self, modules: Modules, batch: Batch) -> Metrics:
@@ -69,6 +77,12 @@ class ToyTask(Task):
         folder.mkdir(parents=True, exist_ok=True)
         plain = {name: value.tolist() for name, value in weights.items()}
         (folder / "weights.json").write_text(json.dumps(plain))
+
+
+def make_steep(value: torch.Tensor) -> None:
+    """Make the gradient that comes back through ``value`` infinite, on the last rank alone."""
+    if value.requires_grad and dist.get_rank() == dist.get_world_size() - 1:
+        value.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
 
 
 def toy_samples(positions: torch.Tensor) -> Batch:
