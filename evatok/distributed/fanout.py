@@ -29,6 +29,7 @@ from ray.exceptions import NodeDiedError, RayError
 from evatok.artifacts import Location
 from evatok.distributed import cluster
 from evatok.distributed.schedule import Attempt, Schedule, Shard
+from evatok.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class ShardRecord:
     kept: bool = False
     failure: str = ""
     storage_full: bool = False
+    user_error: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def fan_out(
     this fan-out alone, is made again or removed.
 
     A task that fails is tried ``retries`` times more; one lost with its node is always tried again.
-    Raises FanOutError when shards are missing at the end, at once when the storage is full.
+    Raises FanOutError when shards are missing at the end, at once when the storage is full, and the UserError
+    that a task raised, at once.
     """
     started = time.monotonic()
     records = _keep_finished(shards, target, key)
@@ -194,6 +197,8 @@ def fan_out(
                 record = _outcome(ref, attempt)
                 if record is None:
                     schedule.lost(attempt)
+                elif record.user_error:
+                    raise UserError(record.user_error)
                 elif record.storage_full:
                     raise FanOutError(_full(target, record, len(records), len(shards)))
                 elif record.failure and schedule.failed(attempt):
@@ -224,13 +229,15 @@ def fan_out(
 
 
 def make_shard(job: Job, state: Any, shard: Shard) -> ShardRecord:
-    """Compute and publish one shard, unless another driver has by now. Ordinary errors end in the record."""
+    """Compute and publish one shard, unless another driver has by now. Errors end in the record."""
     started = time.monotonic()
     try:
         if record := read_record(job.target, shard, job.key):
             return record
         output = job.work(shard.spec, state)
         job.target.write_bytes(shard.name, _encode(output, shard, job.key))
+    except UserError as error:
+        return ShardRecord(shard.name, shard.items, user_error=str(error))
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in STORAGE_FULL
         return ShardRecord(shard.name, shard.items, failure=traceback.format_exc(), storage_full=full)
@@ -319,6 +326,8 @@ def _load(handle: ray.ObjectRef) -> tuple[Job, Any]:
 def _run_shard(handles: list[ray.ObjectRef], shard: Shard) -> ShardRecord:
     try:
         job, state = _load(handles[0])
+    except UserError as error:
+        return ShardRecord(shard.name, shard.items, user_error=str(error))
     except Exception:
         return ShardRecord(shard.name, shard.items, failure=traceback.format_exc())
     return make_shard(job, state, shard)

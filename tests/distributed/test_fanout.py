@@ -16,6 +16,7 @@ from evatok.artifacts import Location
 from evatok.assignment.table import RewardRows, to_table
 from evatok.distributed.fanout import FanOutError, Job, ShardOutput, fan_out, make_shard, read_record
 from evatok.distributed.schedule import Shard
+from evatok.errors import UserError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -167,6 +168,23 @@ def test_a_shard_that_always_fails_does_not_stop_the_others_and_is_named(ray_clu
     assert "the same command" in str(error.value)
     assert len(list(tmp_path.iterdir())) == 11
     assert fan_out(plan(), numbers, Location.parse(tmp_path), key="k").kept == 22
+
+
+def refused(spec, state):
+    raise UserError("no assignment fits a budget of 3")
+
+
+def impossible():
+    raise UserError("the weights are not here")
+
+
+def test_a_mistake_of_the_user_ends_it_at_once_as_such(ray_cluster, tmp_path):
+    place = Location.parse(tmp_path)
+    with pytest.raises(UserError, match="a budget of 3"):
+        fan_out(plan(), refused, place, key="k")
+    with pytest.raises(UserError, match="weights"):
+        fan_out(plan(), numbers, place, key="k", state=impossible)
+    assert fan_out(plan(), numbers, place, key="k").rows == 24
 
 
 class FullDisk(Location):
