@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from evatok.assignment.space import AssignmentSpace
-from evatok.stages.fitting import train_problems
-from evatok.stages.reconstruction import TokenizerTraining, describe_tokenizer, train_tokenizer
+from evatok.stages.reconstruction import (
+    TokenizerTraining,
+    describe_tokenizer,
+    tokenizer_problems,
+    train_tokenizer,
+)
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.reconstruction import RandomAssignments
 
@@ -23,7 +27,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _check(config: TokenizerTraining, experiment: Any) -> Iterator[tuple[str, str]]:
-    return train_problems("proxy", config.train, experiment)
+    return tokenizer_problems("proxy", config, experiment)
 
 
 STAGE = Stage(
@@ -32,6 +36,7 @@ STAGE = Stage(
     run=run,
     inputs=("index",),
     outputs=("model/", "curves/"),
+    version=2,
     check=_check,
     describe=describe_tokenizer,
 )

@@ -14,8 +14,12 @@ from pydantic import Field
 
 from evatok.assignment.policies import Policy, RouterPolicy, Sources
 from evatok.models.layers import without_autocast
-from evatok.stages.fitting import train_problems
-from evatok.stages.reconstruction import TokenizerTraining, describe_tokenizer, train_tokenizer
+from evatok.stages.reconstruction import (
+    TokenizerTraining,
+    describe_tokenizer,
+    tokenizer_problems,
+    train_tokenizer,
+)
 from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.reconstruction import Assigner
@@ -54,7 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _check(config: TokenizerStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
-    yield from train_problems("tokenizer", config.train, experiment)
+    yield from tokenizer_problems("tokenizer", config, experiment)
     if experiment.proxy is None:
         return
     proxy = experiment.proxy.model
@@ -74,6 +78,7 @@ STAGE = Stage(
     inputs=("index", "proxy", "curate", "router"),
     reads=("curate.reward",),
     outputs=("model/", "curves/"),
+    version=2,
     check=_check,
     describe=describe_tokenizer,
 )
