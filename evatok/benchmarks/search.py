@@ -238,6 +238,7 @@ def _train(proxy: VideoTokenizer, clips: Tensor, steps: int) -> None:
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(proxy.parameters(), 1.0)
+        proxy.quantizer.end_step()
         optimizer.step()
 
 

@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _TILE = 128
+_COMPILED = 64
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,11 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> tuple[Te
 
 @functools.cache
 def _compiled_flex():  # type: ignore[no-untyped-def]
-    return torch.compile(flex_attention, dynamic=True)
+    # Head counts, small masks and the gradient mode are each compiled for. Beyond the limit it raises:
+    # without ``fullgraph`` it would go on uncompiled, and hold the scores of all pairs.
+    return torch.compile(  # type: ignore[call-overload]  # its overloads lack recompile_limit
+        flex_attention, dynamic=True, fullgraph=True, recompile_limit=_COMPILED
+    )
 
 
 def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

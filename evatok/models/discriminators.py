@@ -45,7 +45,11 @@ class VideoMaeAdversaryConfig(_Learning):
     """Frozen VideoMAE-B features under trained heads (paper 3.4, I.2); replaces the transformer."""
 
     kind: Literal["videomae"] = "videomae"
-    source: str = Field("MCG-NJU/videomae-base", description="Hub id or local folder of a VideoMAEModel")
+    source: str = Field(
+        "MCG-NJU/videomae-base",
+        description="Hub id or local folder of a VideoMAEModel; not the paper's own, which cites InternVideo"
+        " (V-RAE: its vit_b_hybrid_pt_800e.pth, layer_norm_eps 1e-6) and would have to be converted",
+    )
     taps: tuple[int, ...] = Field(
         (0, 3, 6, 9, 12),
         description="hidden states under a head; 0 is the embedding (GigaTok: 0 and 2, 5, 8, 11)",

@@ -50,7 +50,7 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls: type[Model], source: str | Path) -> Model:
-        """Load from a folder written by ``save_pretrained``, or from a Hugging Face id.
+        """Load from a folder written by ``save_pretrained``, or from a Hugging Face id; in evaluation mode.
 
         Raises UserError when the folder holds no such model.
         """
@@ -64,7 +64,7 @@ class PretrainedModel(nn.Module):
             raise UserError(
                 f"{source} is not a folder of a {cls.__name__} (model.safetensors and config.json): {error}"
             ) from error
-        return model
+        return model.eval()
 
     @classmethod
     def from_artifact(cls: type[Model], artifact: Location) -> Model:

@@ -96,8 +96,11 @@ class Quantizer(nn.Module):
     depth: int = 1
 
     def forward(self, z: Tensor) -> Quantization:
-        """Quantize ``z [N, dim]``; in training mode also with losses, and noted for ``Codebook.end_step``."""
+        """Quantize ``z [N, dim]``; in training mode also with losses, and noted for ``end_step``."""
         raise NotImplementedError
+
+    def end_step(self) -> None:
+        """Learn from the forward passes of an optimizer step; every worker calls it, before the update."""
 
     def assign(self, z: Tensor) -> Tensor:
         """Indices ``[N]`` (or ``[N, depth]``) of ``z [N, dim]``; learns nothing, in bounded memory."""
@@ -116,8 +119,8 @@ class Codebook(nn.Module):
     kept in a buffer added to the parameter: a sharded or mixed-precision optimizer owns the master copy of
     every parameter and would silently undo a write to it.
 
-    Forward passes ``note`` what they saw; ``end_step``, once per optimizer step on every worker, acts on it.
-    So nothing but the choice of inputs depends on how a step is cut into micro-batches over workers.
+    Forward passes ``note`` what they saw; ``learn``, once per optimizer step on every worker, acts on it. So
+    nothing but the choice of inputs depends on how a step is cut into micro-batches over workers.
     """
 
     offset: Tensor
@@ -155,7 +158,7 @@ class Codebook(nn.Module):
         self._used.append(self.chosen(indices))
 
     @torch.no_grad()
-    def end_step(self) -> None:
+    def learn(self) -> None:
         """Note which codes the step's inputs chose, over all workers, and move those idle for too long."""
         if not self._inputs:
             return
@@ -212,6 +215,9 @@ class VectorQuantizer(Quantizer):
         metrics = codebook_metrics([self.codebook], indices)
         return Quantization(unit + (codes - unit).detach(), indices, losses, metrics)
 
+    def end_step(self) -> None:
+        self.codebook.learn()
+
     @without_autocast
     def assign(self, z: Tensor) -> Tensor:
         return nearest(F.normalize(z.float(), dim=-1), self._vectors())
@@ -247,6 +253,10 @@ class ResidualVectorQuantizer(Quantizer):
                 codebook.note(rest, chosen)
         metrics = codebook_metrics(self.codebooks, indices)
         return Quantization(z + (total - z).detach(), indices, losses, metrics)
+
+    def end_step(self) -> None:
+        for codebook in self.codebooks:
+            codebook.learn()
 
     @without_autocast
     def assign(self, z: Tensor) -> Tensor:

@@ -38,18 +38,21 @@ class Teacher(nn.Module):
     def __init__(
         self, config: TeacherConfig, tokenizer: TokenizerConfig, backbone: nn.Module | None = None
     ) -> None:
-        """``backbone``: a VJEPA2Model to use in place of the one that the config names.
+        """``backbone``: a VJEPA2Model for clips of ``config.size`` to use in place of the one that the config
+        names.
 
         Raises UserError if the model is not to be had, or has fewer features per block than one.
         """
         super().__init__()
         self.config = config
         self.grid = tokenizer.grid
-        self.backbone = load_vjepa2(config.source) if backbone is None else backbone
+        self.backbone = load_vjepa2(config.source, config.size) if backbone is None else backbone
         # Only its encoder is used; the predictor would be dead weight in memory.
         self.backbone.predictor = None  # type: ignore[assignment]
         self.requires_grad_(False).eval()
         shape = cast(Any, self.backbone.config)
+        if shape.crop_size != config.size:
+            raise ValueError(f"the backbone numbers places for {shape.crop_size} pixels, not {config.size}")
         self.width: int = shape.hidden_size
         self.cells: int = config.size // shape.patch_size
         if tokenizer.patch[0] % shape.tubelet_size:
@@ -130,16 +133,20 @@ def load_videomae(source: str) -> nn.Module:
     return _load(VideoMAEModel, source)
 
 
-def load_vjepa2(source: str) -> nn.Module:
-    """A VJEPA2Model from a Hub id or local folder; raises UserError if it is not to be had."""
+def load_vjepa2(source: str, size: int) -> nn.Module:
+    """A VJEPA2Model from a Hub id or local folder; raises UserError if it is not to be had.
+
+    size: pixels of its clips, which may differ from its training's. It has no trained positions, but numbers
+    the places in a clip by its config alone, so that has to say the size.
+    """
     from transformers import VJEPA2Model
 
-    return _load(VJEPA2Model, source)
+    return _load(VJEPA2Model, source, crop_size=size)
 
 
-def _load(kind: Any, source: str) -> nn.Module:
+def _load(kind: Any, source: str, **changes: Any) -> nn.Module:
     try:
-        model: nn.Module = kind.from_pretrained(source)
+        model: nn.Module = kind.from_pretrained(source, **changes)
     except (OSError, ValueError) as error:
         what = "folder" if Path(source).exists() else "Hub id"
         raise UserError(

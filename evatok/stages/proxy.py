@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from evatok.assignment.space import AssignmentSpace
-from evatok.stages.fitting import train_problems
 from evatok.stages.reconstruction import (
     TokenizerTraining,
     describe_tokenizer,
     tokenizer_metrics,
+    tokenizer_problems,
     train_tokenizer,
 )
 from evatok.stages.stage import Stage, StageContext
@@ -28,7 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _check(config: TokenizerTraining, experiment: Any) -> Iterator[tuple[str, str]]:
-    return train_problems("proxy", config.train, experiment)
+    return tokenizer_problems("proxy", config, experiment)
 
 
 STAGE = Stage(
@@ -37,6 +37,7 @@ STAGE = Stage(
     run=run,
     inputs=("index",),
     outputs=("model/", "curves/"),
+    version=2,
     check=_check,
     weights=lambda config: config.losses.pretrained,
     describe=describe_tokenizer,

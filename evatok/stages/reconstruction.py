@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,8 +10,9 @@ from pydantic import Field
 
 from evatok.config import OPERATIONAL, Config
 from evatok.losses import LossConfig
+from evatok.models.discriminators import TransformerAdversaryConfig
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
-from evatok.stages.fitting import fit_on_clips, metric_names
+from evatok.stages.fitting import fit_on_clips, metric_names, train_problems
 from evatok.stages.stage import Description, StageContext
 from evatok.training.loop import TrainConfig
 from evatok.training.reconstruction import Assigner, TokenizerTask, evaluated
@@ -30,6 +31,28 @@ class TokenizerTraining(Config):
     held_out: Annotated[int, OPERATIONAL] = Field(
         64, ge=0, description="clips of the test split that are reconstructed at every evaluation"
     )
+
+
+def tokenizer_problems(stage: str, config: TokenizerTraining, experiment: Any) -> Iterator[tuple[str, str]]:
+    """(dotted key, problem) of what the sections of a tokenizer's training say of each other."""
+    yield from train_problems(stage, config.train, experiment)
+    frames, size, terms = config.model.frames, config.model.size, config.losses
+    if terms.adversarial and isinstance(terms.adversary, TransformerAdversaryConfig):
+        patch = terms.adversary.patch
+        for name, extent, step in zip(("frames", "size", "size"), (frames, size, size), patch):
+            if extent % step:
+                yield (
+                    f"{stage}.losses.adversary.patch",
+                    f"{list(patch)} does not tile a clip: model.{name}, which is {extent}, must be a multiple"
+                    f" of {step}",
+                )
+                break
+    count = terms.perceptual_frames
+    if terms.perceptual and terms.perceptual_kind != "none" and count and frames % count:
+        yield (
+            f"{stage}.losses.perceptual_frames",
+            f"{count} does not divide the clip's frames, which are {frames}; leave it out to compare all",
+        )
 
 
 def train_tokenizer(

@@ -14,11 +14,11 @@ from pydantic import Field
 
 from evatok.assignment.policies import Policy, RouterPolicy, Sources
 from evatok.models.layers import without_autocast
-from evatok.stages.fitting import train_problems
 from evatok.stages.reconstruction import (
     TokenizerTraining,
     describe_tokenizer,
     tokenizer_metrics,
+    tokenizer_problems,
     train_tokenizer,
 )
 from evatok.stages.sources import policy_sources
@@ -59,7 +59,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _check(config: TokenizerStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
-    yield from train_problems("tokenizer", config.train, experiment)
+    yield from tokenizer_problems("tokenizer", config, experiment)
     if experiment.proxy is None:
         return
     proxy = experiment.proxy.model
@@ -79,6 +79,7 @@ STAGE = Stage(
     inputs=("index", "proxy", "curate", "router"),
     reads=("curate.reward",),
     outputs=("model/", "curves/"),
+    version=2,
     check=_check,
     weights=lambda config: config.losses.pretrained,
     describe=describe_tokenizer,

@@ -37,7 +37,7 @@ class Task(ABC):
     def build(self, device: torch.device) -> dict[str, nn.Module]:
         """The modules to train by engine name, ``model`` among them; what is frozen stays inside the task.
 
-        Of every part of them that has an ``end_step`` the loop calls it once per optimizer step.
+        Of every part of them that has an ``end_step`` the loop calls it before every optimizer step.
         """
 
     @abstractmethod

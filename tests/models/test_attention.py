@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from evatok.models import attention
 from evatok.models.attention import (
     Ranges,
     attend,
@@ -143,6 +146,23 @@ def test_flex_attention_under_the_tile_mask_equals_the_cpu_kernel() -> None:
     flex = flex_attention(*batched, block_mask=ranges.block_mask(torch.device("cpu")))
     assert isinstance(flex, Tensor)
     torch.testing.assert_close(flex.squeeze(0).transpose(0, 1), attend(q, k, v, ranges))
+
+
+def test_flex_attention_stays_compiled_for_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = functools.partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compiled)
+    flex = attention._compiled_flex.__wrapped__()
+    for heads in range(1, 12):
+        ranges = block_causal([[20, 10]], [[20, 10]])
+        q = torch.randn(1, heads, 30, 8)
+        flex(q, q, q, block_mask=ranges.block_mask(q.device))
+    assert len(graphs) == 11
 
 
 def test_bfloat16_inputs_are_attended_in_bfloat16() -> None:

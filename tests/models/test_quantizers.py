@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from evatok.models import quantizers
-from evatok.models.quantizers import Codebook, Quantizer, QuantizerConfig, build_quantizer, entropy_penalty
+from evatok.models.quantizers import Quantizer, QuantizerConfig, build_quantizer, entropy_penalty
 
 CONFIGS: list[dict[str, Any]] = [
     {"kind": "vq", "size": 64, "dim": 4},
@@ -31,9 +31,7 @@ def learn(quantizer: Quantizer, *micro_batches: Tensor) -> dict[str, float]:
     """One optimizer step's worth of inputs; the metrics of the last."""
     for z in micro_batches:
         metrics = quantizer(z).metrics
-    for part in quantizer.modules():
-        if isinstance(part, Codebook):
-            part.end_step()
+    quantizer.end_step()
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -19,11 +19,11 @@ TOKENIZER = TokenizerConfig(
 )
 
 
-def tiny_vjepa2(tubelet: int = 2) -> nn.Module:
+def tiny_vjepa2(tubelet: int = 2, size: int = 32) -> nn.Module:
     torch.manual_seed(0)
     config = VJEPA2Config(
         patch_size=8,
-        crop_size=32,
+        crop_size=size,
         frames_per_clip=8,
         tubelet_size=tubelet,
         hidden_size=48,
@@ -53,6 +53,18 @@ def test_the_teacher_loads_a_local_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded, Teacher(TeacherConfig(size=32), TOKENIZER, tiny_vjepa2())(clips))
 
 
+def test_a_teacher_at_another_size_numbers_the_places_of_its_input(tmp_path: Path) -> None:
+    tiny_vjepa2(size=64).save_pretrained(tmp_path)  # type: ignore[operator]
+    clips = torch.rand(1, 3, 8, 32, 32)
+    loaded = build_teacher(TeacherConfig(source=str(tmp_path), size=32), TOKENIZER)(clips)
+    pixels = standardised(clips, 32, 8)
+    right, wrong = (
+        tiny_vjepa2(size=size).eval()(pixels, skip_predictor=True).last_hidden_state for size in (32, 64)
+    )
+    torch.testing.assert_close(loaded, right)
+    assert (loaded - wrong).abs().max() > 1e-4
+
+
 def test_a_missing_teacher_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no VJEPA2Model at the folder"):
         build_teacher(TeacherConfig(source=str(tmp_path)), TOKENIZER)
@@ -60,7 +72,7 @@ def test_a_missing_teacher_is_a_user_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [32, 16, 64])
 def test_both_sides_of_the_comparison_have_the_decoders_grid_and_the_teachers_width(size: int) -> None:
-    teacher = Teacher(TeacherConfig(size=size), TOKENIZER, tiny_vjepa2())
+    teacher = Teacher(TeacherConfig(size=size), TOKENIZER, tiny_vjepa2(size=size))
     head = AlignmentHead(TOKENIZER, teacher)
     projected, target = head(torch.randn(2, 2 * 16, 64)), teacher(torch.rand(2, 3, 8, 32, 32))
     assert projected.shape == target.shape == (2, 4 * 16, 48)

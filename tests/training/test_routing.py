@@ -64,7 +64,7 @@ def run(folder: Path, built: RouterTask):
     rows = Rows()
     trained = train(
         built,
-        TrainConfig(steps=40, global_batch=8, lr=3e-3, ema=0.8, log_every=1, eval_every=20),
+        TrainConfig(steps=60, global_batch=8, lr=3e-3, ema=0.8, log_every=1, eval_every=30),
         lambda start: (batch(torch.arange(at, at + 8)) for at in range(start, 10**6, 8)),
         seed=0,
         checkpoints=FolderCheckpoints(Location.parse(folder)),
