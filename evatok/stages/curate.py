@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -76,8 +76,11 @@ class CurateConfig(Config):
     gpu_per_task: Annotated[float, OPERATIONAL] = Field(
         default=1.0, gt=0, le=1, description="share of a GPU that a task holds, with resources.use_gpu"
     )
-    memory_gib: Annotated[float, OPERATIONAL] = Field(
-        default=1.0, gt=0, description="limit of a task on the keys and values it holds of prefixes, GiB"
+    memory_gib: Annotated[float | None, OPERATIONAL] = Field(
+        default=None,
+        gt=0,
+        description="limit of a task on the keys and values it holds of prefixes, GiB; default: half of what"
+        " is free of its share of a GPU, 1 on a CPU",
     )
 
 
@@ -97,13 +100,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Scorer:
-    """What every task needs; travels to the workers once."""
+    """What every task needs; travels to the workers once.
+
+    ``memory``: limit on the keys and values of prefixes, bytes; 0: decided on the worker, where a task
+    holds ``share`` of a GPU.
+    """
 
     clips: ClipReader
     proxy: VideoTokenizer
     metrics: tuple[QualityMetric, ...]
     device: str
-    memory: int
+    memory: int = 0
+    share: float = 1.0
 
     @property
     def space(self) -> AssignmentSpace:
@@ -114,11 +122,19 @@ class Scorer:
         return ClipFormat(frames=self.proxy.config.frames, size=self.proxy.config.size)
 
     def __call__(self) -> Scorer:
-        """In a worker process: move the models to the device."""
+        """In a worker process: move the models to the device, then see what memory is left."""
         self.proxy.to(self.device).eval()
         for metric in self.metrics:
             metric.to(self.device)
-        return self
+        return replace(self, memory=self.memory or spare_memory(self.device, self.share))
+
+
+def spare_memory(device: str, share: float) -> int:
+    """Bytes that a task with ``share`` of the device may keep: half of its part of what is free on a GPU."""
+    if device == "cpu":
+        return 1 << 30
+    free, _ = torch.cuda.mem_get_info()
+    return int(free * share) // 2
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -131,7 +147,8 @@ def run(context: StageContext) -> dict[str, Any]:
         proxy=VideoTokenizer.from_artifact(context.inputs["proxy"].location),
         metrics=tuple(load_quality(name) for name in config.metrics),
         device="cuda" if context.resources.use_gpu else "cpu",
-        memory=round(config.memory_gib * 2**30),
+        memory=round(config.memory_gib * 2**30) if config.memory_gib else 0,
+        share=config.gpu_per_task,
     )
     space = scorer.space
     rows = draw(scorer.clips.index, config.clips, context)

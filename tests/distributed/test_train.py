@@ -129,7 +129,7 @@ def test_progress_comes_by_the_drivers_own_node(
 
 def test_a_diverged_loss_is_told_to_the_user_and_not_retried(ray_cluster: str, tmp_path: Path) -> None:
     task = toy.ToyTask(poison=tuple(range(3, 12)))
-    with pytest.raises(UserError, match="training diverged: 3 losses or gradients in a row"):
+    with pytest.raises(UserError, match="training diverged: 4 losses or gradients in a row"):
         ray_run(tmp_path, task, workers=1, changes={"max_skipped": 3})
 
 

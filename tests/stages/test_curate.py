@@ -28,6 +28,7 @@ from evatok.stages.curate import (
     load_statistics,
     run,
     score,
+    spare_memory,
 )
 from evatok.stages.fanning import ClipReader
 from evatok.stages.stage import Resources, StageContext
@@ -319,6 +320,20 @@ def test_few_clips_are_divided_into_subtrees_and_many_are_not():
     assert [part.prefix for part in few[:3]] == [(1,), (2,), (4,)]
     assert len(few) == 15
     assert len({part.name for part in few}) == 15
+
+
+def test_a_task_keeps_half_of_its_part_of_a_gpus_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (64 << 30, 80 << 30))
+    assert spare_memory("cuda", 1.0) == 32 << 30
+    assert spare_memory("cuda", 0.25) == 8 << 30
+    assert spare_memory("cpu", 1.0) == 1 << 30
+
+
+def test_a_limit_on_a_tasks_memory_is_kept(sources):
+    proxy = VideoTokenizer.from_pretrained(sources["proxy"].location.local() / "model")
+    index = ClipIndex.open(sources["index"].location)
+    assert Scorer(index, proxy, (), "cpu", 5 << 20)().memory == 5 << 20
+    assert Scorer(index, proxy, (), "cpu")().memory == 1 << 30
 
 
 def test_a_task_whose_clips_are_all_broken_gives_an_empty_table(sources):
