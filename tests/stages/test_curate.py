@@ -331,9 +331,9 @@ def test_a_task_keeps_half_of_its_part_of_a_gpus_free_memory(monkeypatch):
 
 def test_a_limit_on_a_tasks_memory_is_kept(sources):
     proxy = VideoTokenizer.from_pretrained(sources["proxy"].location.local() / "model")
-    index = ClipIndex.open(sources["index"].location)
-    assert Scorer(index, proxy, (), "cpu", 5 << 20)().memory == 5 << 20
-    assert Scorer(index, proxy, (), "cpu")().memory == 1 << 30
+    reader = ClipReader(ClipIndex.open(sources["index"].location))
+    assert Scorer(reader, proxy, (), "cpu", 5 << 20)().memory == 5 << 20
+    assert Scorer(reader, proxy, (), "cpu")().memory == 1 << 30
 
 
 def test_a_task_whose_clips_are_all_broken_gives_an_empty_table(sources):
