@@ -14,7 +14,7 @@ from typing import Any
 
 QUEUED = 2.0  # attempts submitted per slot: keeps workers busy and shows an autoscaler what waits
 STRAGGLER = 3.0  # times the expected seconds since submission after which a shard gets a second attempt
-SHORTEST_STRAGGLER = 20.0  # seconds below which nobody is called a straggler: a worker process takes some to start
+SHORTEST_STRAGGLER = 20.0  # seconds below which nobody is a straggler: a worker process takes some to start
 TAIL = 8  # the last 1/TAIL of the items ...
 TAIL_CUT = 4  # ... is cut into shards of 1/TAIL_CUT of the size
 MEMORY = 512  # finished shards that the expected seconds are taken from
