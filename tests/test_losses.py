@@ -48,7 +48,7 @@ def test_equal_clips_have_no_perceptual_distance() -> None:
 def test_lpips_without_weights_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable in ("EVATOK_WEIGHTS", "XDG_CACHE_HOME", "TORCH_HOME"):
         monkeypatch.setenv(variable, str(tmp_path))
-    with pytest.raises(UserError, match="evatok weights fetch lpips-vgg"):
+    with pytest.raises(UserError, match="evatok weights lpips-vgg"):
         PerceptualLoss("lpips-vgg")
 
 

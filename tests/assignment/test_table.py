@@ -71,8 +71,11 @@ def test_parts_of_the_space_join_side_by_side():
     ]
     assert side_by_side(parts).equals(to_table(whole))
     assert side_by_side([part.slice(0, 0) for part in parts]).schema == to_table(whole).schema
-    with pytest.raises(ValueError, match="different clips"):
-        side_by_side([parts[0], parts[1].slice(1)])
+
+
+def test_a_clip_that_one_part_lacks_is_left_out():
+    first, second = to_table(rows(0, 4)), to_table(rows(0, 4)).slice(1)
+    assert side_by_side([first, second])["clip_id"].to_pylist() == rows(1, 3).clip_id
 
 
 def test_missing_table_or_metric_is_told_to_the_user(folder, tmp_path):

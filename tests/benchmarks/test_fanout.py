@@ -20,7 +20,7 @@ def test_stragglers_failures_and_lost_nodes_cost_what_they_burn_and_lose_nothing
 
 
 def test_a_straggler_at_the_end_is_overtaken_by_its_copy():
-    late = CALM.model_copy(update={"straggler_rate": 0.02, "straggler_factor": 1000.0, "clips": 256})
+    late = CALM.model_copy(update={"straggler_rate": 0.05, "straggler_factor": 1000.0, "clips": 256})
     result = simulate(late, 8, [10.0])
     assert result["copies"] > 0
     assert result["seconds"] < 200
