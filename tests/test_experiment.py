@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +210,15 @@ def test_second_driver_of_a_run_is_refused(make, toy_chain):
     with exclusive(experiment.location), pytest.raises(UserError, match="in use"):
         run(experiment, Quiet())
     assert toy_chain.ran == []
+
+
+def test_a_local_folder_on_a_cluster_of_several_nodes_is_pointed_out(tmp_path, monkeypatch):
+    found = SimpleNamespace(local=False, address="10.0.0.1:6379", nodes=2, cpus=8.0, gpus=0.0)
+    monkeypatch.setattr("evatok.distributed.cluster.connected", lambda *_, **__: nullcontext(found))
+    quiet = Quiet()
+    with ExitStack() as stack:
+        experiments._connect(stack, experiment_type()(name="toy", storage=str(tmp_path)), quiet, None)
+    assert ("cluster", f"every node must see the folder {tmp_path}/toy") in quiet.lines
 
 
 def test_missing_sections_are_named(toy_chain, tmp_path):

@@ -54,7 +54,7 @@ def test_missing_weights_say_where_and_how(published: WeightFile) -> None:
     assert locate("net") is None
     with pytest.raises(UserError) as error:
         find("net")
-    for part in ("evatok weights fetch net", "EVATOK_WEIGHTS", *map(str, folders())):
+    for part in ("evatok weights net", "EVATOK_WEIGHTS", *map(str, folders())):
         assert part in str(error.value)
 
 

@@ -183,9 +183,8 @@ class _Run:
         self.step = saved.step if saved else 0
         self.samples = saved.samples if saved else 0
         self.skipped = saved.skipped if saved else 0
-        self.in_a_row: Counter[str] = (
-            Counter()
-        )  # per engine, losses and updates skipped since its last update
+        # Per engine, losses and updates skipped since its last update.
+        self.in_a_row: Counter[str] = Counter()
         self.accumulation = config.global_batch // (config.micro(world.size) * world.size)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(world.device))
         self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
