@@ -77,7 +77,8 @@ def run(context: StageContext) -> dict[str, Any]:
         clips=_clips(index, table, "train"),
         held_out=_clips(index, table, "test"),
         shown=config.held_out,
-        form=ClipFormat(frames=proxy.frames, size=proxy.size),
+        # A mirrored clip deserves the same tokens.
+        form=ClipFormat(frames=proxy.frames, size=proxy.size, flip=True),
     )
 
 
@@ -107,6 +108,7 @@ STAGE = Stage(
     inputs=("index", "proxy", "curate"),
     reads=("curate.reward",),
     outputs=("model/", "curves/"),
+    version=2,
     check=_check,
     describe=_describe,
     metrics=lambda config: metric_names(EVALUATED if config.held_out and config.train.eval_every else ()),
