@@ -47,7 +47,7 @@ PARTS = ("data", "forward", "backward", "optimizer")
 
 
 class Settings(Config):
-    """What is measured. The defaults take about four minutes on two cores."""
+    """What is measured. The defaults take some ten minutes on two cores, most of them at S-B size."""
 
     loop: TokenizerConfig = Field(
         default=TokenizerConfig(
@@ -55,15 +55,15 @@ class Settings(Config):
         ),
         description="tokenizer that Ray's and the stream's cost is measured on",
     )
-    loop_batch: int = Field(default=8, gt=0, description="clips per step of the loop")
+    loop_batch: int = Field(default=4, gt=0, description="clips per step of the loop")
     loop_steps: int = Field(
-        default=40, gt=WARM_UP, description="steps of the loop, the first five not counted"
+        default=25, gt=WARM_UP, description="steps of the loop, the first five not counted"
     )
     adaptive: TokenizerConfig = Field(
         default=TokenizerConfig(), description="tokenizer that the cost of tokens is measured on (S-B)"
     )
-    adaptive_clips: int = Field(default=4, gt=0, description="clips of a batch there")
-    repeats: int = Field(default=3, gt=0, description="the fastest of so many is reported")
+    adaptive_clips: int = Field(default=2, gt=0, description="clips of a batch there")
+    repeats: int = Field(default=1, gt=0, description="the fastest of so many is reported")
     threads: int = Field(default=1, gt=0, description="CPU threads of the training process")
 
 
