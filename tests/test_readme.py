@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 # Commands that need more than a finished run, and the tests that run them.
 ELSEWHERE = {
     "evatok submit": "tests/distributed/test_jobs.py",
-    "evatok tune": "tests/distributed/test_tune.py",
+    "evatok tune": "tests/cli/test_tune.py",
     "make quickstart": "tests/test_makefile.py",
     "make test": "tests/test_makefile.py",
 }
