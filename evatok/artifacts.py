@@ -84,6 +84,12 @@ class Location:
         root, below, query = _split(self.uri)
         return "/".join(filter(None, (root, below, quote(name)))) + query
 
+    def split(self) -> tuple[str, str]:
+        """URI of the folder that this one lies in, and its name there."""
+        address, mark, options = self.uri.partition("?")
+        parent, _, name = address.rpartition("/")
+        return parent + mark + options, name
+
     def __str__(self) -> str:
         return self.uri
 

@@ -87,13 +87,11 @@ def open_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """``open_experiment`` without the checks across fields, which may look at files of another machine."""
     text = str(path)
-    if text.endswith((".yaml", ".yml")) or not Location.parse(text).exists("experiment.yaml"):
+    if text.endswith((".yaml", ".yml")) or not (run := Location.parse(text)).exists("experiment.yaml"):
         return load(text, experiment_type(), overrides)
-    data = Location.parse(text).read_bytes("experiment.yaml")
-    # Wherever the folder was moved since it was written.
-    address, mark, options = Location.parse(text).uri.partition("?")
-    parent, _, name = address.rpartition("/")
-    moved = [f"storage={json.dumps(parent + mark + options)}", f"name={json.dumps(name)}"]
+    storage, name = run.split()  # wherever the folder was moved since its file was written
+    moved = [f"storage={json.dumps(storage)}", f"name={json.dumps(name)}"]
+    data = run.read_bytes("experiment.yaml")
     return parse(data, experiment_type(), f"{text}/experiment.yaml", [*moved, *overrides])
 
 

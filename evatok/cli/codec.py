@@ -77,14 +77,14 @@ class Codec:
                 f" run `evatok run {args.experiment}` first"
             )
         index: Any = getattr(experiment, "index")  # noqa: B009  (a section that the file's type adds)
-        return cls(experiment, VideoTokenizer.from_artifact(location).eval(), index.fps)
+        return cls(experiment, VideoTokenizer.from_artifact(location), index.fps)
 
     def assignments(self, video: Video, policy: BasePolicy) -> torch.Tensor:
         """Token counts int64 [N, T] of the video's N clips."""
         manifests = {name: self._artifact(name) for name in ("proxy", "curate", "router")}
         inputs = {name: artifact for name, artifact in manifests.items() if artifact is not None}
         reward: Any = getattr(self.experiment, "curate")  # noqa: B009
-        sources = policy_sources(inputs, reward.reward).to("cpu")
+        sources = policy_sources(inputs, reward.reward)
         seen = []
         for start, clips in video.batches():
             positions = torch.arange(start, start + len(clips))

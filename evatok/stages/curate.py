@@ -155,15 +155,12 @@ def run(context: StageContext) -> dict[str, Any]:
     parts = divide(len(rows), *_task_sizes(context), space)
     split = any(part.prefix for part in parts)
 
-    def report(progress: Progress) -> None:
-        context.progress(
-            progress.items,
-            progress.total,
-            "clips",
-            assignments_per_second=progress.rate * space.size,
-            retries=progress.retries,
-            rejected=progress.rejected,
-        )
+    def figures(progress: Progress) -> dict[str, float]:
+        return {
+            "assignments_per_second": progress.rate * space.size,
+            "retries": progress.retries,
+            "rejected": progress.rejected,
+        }
 
     done = fan_out_models(
         context,
@@ -178,7 +175,7 @@ def run(context: StageContext) -> dict[str, Any]:
         score,
         "parts" if split else "table",
         state=scorer,
-        show=report,
+        figures=figures,
         parts=space.size,  # so that the parts of a clip count, too
         assignments=space.size,
     )

@@ -40,7 +40,7 @@ from evatok.stages.stage import Stage, StageContext
 from evatok.video.index import ClipIndex
 
 if TYPE_CHECKING:
-    from evatok.distributed.fanout import Progress, ShardOutput
+    from evatok.distributed.fanout import ShardOutput
     from evatok.distributed.schedule import Shard
 
 CLIPS_PER_TASK = 4  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
@@ -351,11 +351,16 @@ def fan_out_over(
     assignments: int = 0,
 ) -> None:
     """The shards of this stage, with its resources and progress."""
-
-    def report(progress: Progress) -> None:
-        context.progress(progress.items, progress.total, unit, per_second=progress.rate)
-
-    fan_out_models(context, shards, work, target, state=judge, show=report, assignments=assignments)
+    fan_out_models(
+        context,
+        shards,
+        work,
+        target,
+        state=judge,
+        unit=unit,
+        figures=lambda progress: {"per_second": progress.rate},
+        assignments=assignments,
+    )
 
 
 STAGE = Stage(

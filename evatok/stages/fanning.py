@@ -1,4 +1,4 @@
-"""Fan-outs over models as a stage: what curation, evaluation, encoding and generation have in common."""
+"""Fan-outs as a stage: what index, curation, evaluation, encoding and generation have in common."""
 
 from __future__ import annotations
 
@@ -20,6 +20,39 @@ if TYPE_CHECKING:
     from evatok.distributed.schedule import Shard
 
 
+def _per_second(progress: Progress) -> dict[str, float]:
+    return {"clips_per_second": progress.rate}
+
+
+def follow(
+    context: StageContext,
+    unit: str,
+    figures: Callable[[Progress], dict[str, float]],
+    *,
+    parts: int = 1,
+    assignments: int = 0,
+) -> Callable[[Progress], None]:
+    """What shows a fan-out's progress, ``figures`` beside it, and exports it as metrics.
+
+    Both are told in ``unit``; ``parts`` items of the shards make up one. ``assignments``: scored for each.
+    """
+    from evatok.distributed.metrics import FanOutMetrics
+
+    metrics = FanOutMetrics(context.run_id, assignments)
+
+    def report(progress: Progress) -> None:
+        whole = replace(
+            progress,
+            items=progress.items // parts,
+            total=progress.total // parts,
+            rate=progress.rate / parts,
+        )
+        metrics(whole)
+        context.progress(whole.items, whole.total, unit, **figures(whole))
+
+    return report
+
+
 def fan_out_models(
     context: StageContext,
     shards: Sequence[Shard],
@@ -27,32 +60,19 @@ def fan_out_models(
     target: str,
     *,
     state: Callable[[], Any],
-    show: Callable[[Progress], None],
+    unit: str = "clips",
+    figures: Callable[[Progress], dict[str, float]] = _per_second,
     parts: int = 1,
     assignments: int = 0,
 ) -> FanOutSummary:
     """``fan_out`` into ``target`` of the stage's folder, with the run's resources and node group.
 
-    ``show`` and the exported metrics are told of the progress in clips; ``parts`` items of the shards make up
-    one. ``assignments``: scored for each clip, if any. The stage's config says in ``gpu_per_task`` what share
-    of a GPU a task holds where GPUs are used.
+    Progress goes where ``follow`` sends it. The stage's config says in ``gpu_per_task`` what share of a GPU a
+    task holds where GPUs are used.
     """
     from evatok.distributed.fanout import fan_out
-    from evatok.distributed.metrics import FanOutMetrics
 
     resources = context.resources
-    metrics = FanOutMetrics(context.run_id, assignments)
-
-    def report(progress: Progress) -> None:
-        clips = replace(
-            progress,
-            items=progress.items // parts,
-            total=progress.total // parts,
-            rate=progress.rate / parts,
-        )
-        metrics(clips)
-        show(clips)
-
     return fan_out(
         shards,
         work,
@@ -62,7 +82,7 @@ def fan_out_models(
         cpus=resources.cpus_per_task,
         gpus=context.config.gpu_per_task if resources.use_gpu else 0.0,
         label_selector=resources.groups.selector("curate"),
-        on_progress=report,
+        on_progress=follow(context, unit, figures, parts=parts, assignments=assignments),
     )
 
 

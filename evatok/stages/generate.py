@@ -36,7 +36,7 @@ from evatok.training.token_table import read_rows
 from evatok.video.decode import ClipFormat
 
 if TYPE_CHECKING:
-    from evatok.distributed.fanout import FanOutSummary, Progress, ShardOutput
+    from evatok.distributed.fanout import FanOutSummary, ShardOutput
 
 DECODED_AT_ONCE = (
     16  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
@@ -229,9 +229,6 @@ def _fan_out(context: StageContext, producer: Producer, work: Any, target: str, 
     """Run ``work`` over the items, in shards."""
     from evatok.distributed.schedule import Shard, shard_ranges
 
-    def report(progress: Progress) -> None:
-        context.progress(progress.items, progress.total, "clips", clips_per_second=progress.rate)
-
     config: GenerateConfig = context.config
     return fan_out_models(
         context,
@@ -242,7 +239,6 @@ def _fan_out(context: StageContext, producer: Producer, work: Any, target: str, 
         work,
         target,
         state=producer,
-        show=report,
     )
 
 

@@ -21,6 +21,7 @@ from pydantic import Field
 from evatok.artifacts import Location
 from evatok.config import OPERATIONAL, Config, identity
 from evatok.errors import UserError
+from evatok.stages.fanning import follow
 from evatok.stages.listing import LISTING, Listing, read_rows
 from evatok.stages.materialize import materialize
 from evatok.stages.stage import Stage, StageContext
@@ -326,23 +327,15 @@ def _key(config: IndexConfig) -> str:
 
 def run(context: StageContext) -> dict[str, Any]:
     """The stage: see `build_index` and `materialize`."""
-    from evatok.distributed.metrics import FanOutMetrics
-
     config, location = context.config, context.location
-    metrics = FanOutMetrics(context.run_id)
-
-    def report(progress: Progress, unit: str) -> None:
-        metrics(progress)
-        context.progress(progress.items, progress.total, unit)
-
-    counts = build_index(config, location, context.seed, functools.partial(report, unit="videos"))
+    counts = build_index(config, location, context.seed, follow(context, "videos", lambda _: {}))
     if config.materialize:
         counts["undecodable"] = materialize(
             location,
             config.frames,
             config.materialize,
             config.limits,
-            functools.partial(report, unit="clips"),
+            follow(context, "clips", lambda _: {}),
         )
     return counts
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from evatok.artifacts import Location
+from evatok.video.index import open_parquet
 from evatok.video.sources import Video
 
 LISTING = "listing.parquet"
@@ -107,10 +108,7 @@ def read_rows(location: Location, version: int, rows: NDArray[np.int64]) -> list
 @lru_cache(maxsize=2)
 def _opened(uri: str, version: int) -> tuple[pq.ParquetFile, NDArray[np.int64]]:
     """The file, and the first row of each row group."""
-    location = Location.parse(uri)
-    file = pq.ParquetFile(f"{location.path}/{LISTING}", filesystem=location.fs, pre_buffer=True)
-    lengths = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    return file, np.cumsum([0, *lengths], dtype=np.int64)
+    return open_parquet(Location.parse(uri), LISTING)
 
 
 def _numbers(table: pa.Table) -> pa.Table:

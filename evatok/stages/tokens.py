@@ -38,7 +38,7 @@ from evatok.video.decode import ClipFormat
 from evatok.video.index import ClipIndex
 
 if TYPE_CHECKING:
-    from evatok.distributed.fanout import Progress, ShardOutput
+    from evatok.distributed.fanout import ShardOutput
 
 ENCODED_AT_ONCE = (
     16  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
@@ -153,10 +153,7 @@ def run(context: StageContext) -> dict[str, Any]:
         for start, stop in shard_ranges(len(rows), config.clips_per_task)
     ]
 
-    def report(progress: Progress) -> None:
-        context.progress(progress.items, progress.total, "clips", clips_per_second=progress.rate)
-
-    done = fan_out_models(context, shards, encode_clips, ROWS, state=encoder, show=report)
+    done = fan_out_models(context, shards, encode_clips, ROWS, state=encoder)
     rejected = write_rejected(context, done)
     tokenizer = encoder.tokenizer
     vocabulary = TokenVocabulary(

@@ -293,16 +293,20 @@ class _File:
         return [found[n] for n in numbers]
 
 
+def open_parquet(location: Location, name: str) -> tuple[pq.ParquetFile, NDArray[np.int64]]:
+    """A file to read row groups of, and int64 [groups + 1]: first row of each group, then the row count."""
+    parquet = pq.ParquetFile(f"{location.path}/{name}", filesystem=location.fs, pre_buffer=True)
+    lengths = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    return parquet, np.cumsum([0, *lengths], dtype=np.int64)
+
+
 @lru_cache(maxsize=4)
 def _file(uri: str, version: int) -> _File:
-    location = Location.parse(uri)
-    parquet = pq.ParquetFile(f"{location.path}/{CLIPS}", filesystem=location.fs, pre_buffer=True)
-    metadata = parquet.metadata
-    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    notes = metadata.metadata or {}
+    parquet, edges = open_parquet(Location.parse(uri), CLIPS)
+    notes = parquet.metadata.metadata or {}
     return _File(
         parquet,
-        np.cumsum([0, *lengths], dtype=np.int64),
+        edges,
         tuple(SourceShare(**share) for share in json.loads(notes.get(_SOURCES, b"[]"))),
         MediaLimits.model_validate_json(notes.get(_LIMITS, b"{}")),
     )

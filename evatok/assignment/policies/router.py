@@ -15,7 +15,23 @@ from evatok.assignment.space import AssignmentSpace
 _PRICES = (8.0, 4.0, 2.0, 1.0, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -4.0, -8.0)
 
 
-class RouterPolicy(BasePolicy):
+class AskingPolicy(BasePolicy):
+    """Policies that follow the router's scores, and a conditioned router's at a weight of quality."""
+
+    w_q: float | None = Field(
+        None, ge=0, le=2, description="reward weight of quality, for a conditioned router; none: the run's"
+    )
+
+    def score_weights(self, sources: Sources) -> tuple[float | None, ...]:
+        return (self.w_q,)
+
+    def settled(self, sources: Sources) -> BasePolicy:
+        if self.w_q is None and _conditioned(sources):
+            return self.model_copy(update={"w_q": sources.w_q})
+        return self
+
+
+class RouterPolicy(AskingPolicy):
     """The router's most likely assignment (paper 3.3).
 
     A conditioned router is moved by ``w_q``. Any other by ``price``: its log-probabilities less the price of
@@ -23,20 +39,11 @@ class RouterPolicy(BasePolicy):
     """
 
     kind: Literal["router"] = "router"
-    w_q: float | None = Field(
-        None, ge=0, le=2, description="reward weight of quality, for a conditioned router; none: the run's"
-    )
     price: float = Field(0.0, description="log-probability that one standard deviation of length costs")
 
     @property
     def knob(self) -> str:
         return "price" if self.w_q is None else "w_q"
-
-    def score_weights(self, sources: Sources) -> tuple[float | None, ...]:
-        return (self.w_q,)
-
-    def settled(self, sources: Sources) -> BasePolicy:
-        return _settled(self, sources)
 
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
         scores = evidence.scores[self.w_q]
@@ -50,23 +57,16 @@ class RouterPolicy(BasePolicy):
         return [self.model_copy(update={"price": price}) for price in _PRICES]
 
 
-class BudgetedPolicy(BasePolicy):
+class BudgetedPolicy(AskingPolicy):
     """The most likely assignments under a budget of tokens that is never exceeded."""
 
     kind: Literal["budgeted"] = "budgeted"
     budget: float = Field(gt=0, description="most tokens of a clip, or their mean over a batch")
     scope: Literal["clip", "batch"] = Field(default="clip", description="what the budget holds for")
-    w_q: float | None = Field(None, ge=0, le=2, description="as in the router policy")
 
     @property
     def knob(self) -> str:
         return "budget"
-
-    def score_weights(self, sources: Sources) -> tuple[float | None, ...]:
-        return (self.w_q,)
-
-    def settled(self, sources: Sources) -> BasePolicy:
-        return _settled(self, sources)
 
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
         scores, space = evidence.scores[self.w_q], sources.space
@@ -83,12 +83,6 @@ class BudgetedPolicy(BasePolicy):
 
 def _conditioned(sources: Sources) -> bool:
     return sources.router is not None and sources.router.config.conditioned
-
-
-def _settled(policy: RouterPolicy | BudgetedPolicy, sources: Sources) -> BasePolicy:
-    if policy.w_q is None and _conditioned(sources):
-        return policy.model_copy(update={"w_q": sources.w_q})
-    return policy
 
 
 def _best_of_each_length(scores: Tensor, space: AssignmentSpace) -> tuple[Tensor, Tensor, Tensor]:
