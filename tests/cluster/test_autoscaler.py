@@ -66,7 +66,8 @@ def test_fan_out_scales_gpu_nodes_up_from_zero_survives_a_lost_one_and_back_to_z
     def work(spec: int, _: None) -> ShardOutput:
         if spec == 5 and not killed.exists():
             killed.touch()
-            os.kill(os.getppid(), signal.SIGKILL)  # the raylet: this node is gone, with all that ran on it
+            for lost in (os.getppid(), os.getpid()):  # the raylet and what runs on it: this node is gone
+                os.kill(lost, signal.SIGKILL)
         time.sleep(2)
         return ShardOutput(pa.table({"clip": [2 * spec, 2 * spec + 1]}))
 
