@@ -106,11 +106,6 @@ def check(experiment: Experiment, source: str) -> None:
         for needed in stage.needs(config):
             if getattr(experiment, needed, None) is None:
                 found.append((stage.name, f"reads what `{needed}` makes; add the section `{needed}`."))
-        for key in stage.reads:
-            if getattr(experiment, key.split(".")[0], None) is None:
-                found.append(
-                    (stage.name, f"reads the setting `{key}`; add the section `{key.split('.')[0]}`.")
-                )
     if not found:
         for stage in stages:
             if stage.check is not None:
@@ -181,8 +176,9 @@ def fingerprints(experiment: Experiment) -> dict[str, str]:
 
 def _settings(stage: Stage, experiment: Experiment) -> dict[str, Any]:
     """What the stage's result depends on besides its inputs, as plain data by section."""
-    settings: dict[str, Any] = {stage.name: identity(getattr(experiment, stage.name))}
-    for key in stage.reads:
+    config = getattr(experiment, stage.name)
+    settings: dict[str, Any] = {stage.name: identity(config)}
+    for key in stage.settings(config):
         value = functools.reduce(getattr, key.split("."), experiment)
         settings[key] = identity(value) if isinstance(value, Config) else value
     return settings

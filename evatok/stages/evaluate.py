@@ -133,10 +133,11 @@ def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
             "evaluate judges policies on curate's held-out clips, and there are none: set curate.clips.test "
             "above 0 and let the index have a test split"
         )
-    sources = policy_sources(context.inputs, reward_config)
+    tokenizer = VideoTokenizer.from_artifact(context.inputs["tokenizer"].location)
+    sources = policy_sources(context.inputs, tokenizer.config, context.experiment.curate)
     judge = Judge(
         clips=ClipReader(ClipIndex.open(context.inputs["index"].location)),
-        tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
+        tokenizer=tokenizer,
         metrics=tuple(load_quality(name) for name in dict.fromkeys((reward_config.quality, *table.metrics))),
         sources=sources,
         settings=tuple(swept(compared(config, sources), sources)),
@@ -363,11 +364,16 @@ def fan_out_over(
     )
 
 
+def _inputs(config: EvaluateConfig) -> tuple[str, ...]:
+    asked = not config.policies or any("router" in policy.needs for policy in config.policies)
+    return ("index", "proxy", "curate", *["router"] * asked, "tokenizer")
+
+
 STAGE = Stage(
     name="evaluate",
     config=EvaluateConfig,
     run=run,
-    inputs=("index", "proxy", "curate", "router", "tokenizer"),
+    inputs=_inputs,
     reads=("curate.reward",),
     outputs=("clips.parquet", "policies.json", "summary.json", "samples.json", "table/"),
     weights=lambda config: ["i3d"] if config.frechet else [],

@@ -85,7 +85,7 @@ def inputs(tmp_path_factory):
     now = datetime.now(timezone.utc)
     return {
         name: Artifact(run_folder / name, Manifest(stage=name, started=now, finished=now, **known))
-        for name in STAGE.inputs
+        for name in STAGE.needs(EvaluateConfig())
     }
 
 

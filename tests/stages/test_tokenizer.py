@@ -1,5 +1,6 @@
 """The final tokenizer's assignments, and checks of what a tokenizer's training is told."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 
 from evatok.assignment.policies import RouterPolicy, Sources
 from evatok.assignment.space import AssignmentSpace
+from evatok.errors import UserError
+from evatok.experiment import fingerprints, open_experiment, plan
 from evatok.models.layers import TransformerSize
 from evatok.models.router import Router, RouterConfig
 from evatok.stages import proxy, tokenizer
@@ -15,6 +18,8 @@ from evatok.stages.reconstruction import TokenizerTraining
 from evatok.stages.tokenizer import PolicyAssignments, TokenizerStageConfig
 
 CHOICES = (2, 4, 8)
+TINY = Path(__file__).parents[2] / "experiments" / "tiny.yaml"
+ALONE = ["proxy=null", "curate=null", "router=null", "evaluate=null"]
 
 
 def test_a_clip_is_assigned_the_same_tokens_under_autocast() -> None:
@@ -61,3 +66,35 @@ def test_the_frames_of_the_perceptual_term_must_divide_the_clips() -> None:
     assert "3 does not divide the clip's frames, which are 8" in found["proxy.losses.perceptual_frames"]
     assert problems({"perceptual_frames": 4}) == {}
     assert problems({"perceptual_frames": 3, "perceptual": 0}) == {}
+
+
+@pytest.mark.parametrize("policy", ["{kind: uniform, count: 8}", "{kind: random, tokens: 40}"])
+def test_under_assignments_that_ask_nobody_the_index_is_enough(policy: str, tmp_path: Path) -> None:
+    experiment = open_experiment(TINY, [*ALONE, f"tokenizer.policy={policy}", f"storage={tmp_path}"])
+    assert {entry.name: list(entry.inputs) for entry in plan(experiment)} == {
+        "index": [],
+        "tokenizer": ["index"],
+    }
+    with pytest.raises(UserError, match="reads what `curate` makes"):
+        open_experiment(TINY, [*ALONE, "tokenizer.policy={kind: static}"])
+
+
+def test_only_a_policy_that_weighs_rewards_makes_the_tokenizer_depend_on_them() -> None:
+    def prints(policy: str, w_q: float) -> str:
+        settings = [f"tokenizer.policy={policy}", f"curate.reward.w_q={w_q}"]
+        return fingerprints(open_experiment(TINY, settings))["tokenizer"]
+
+    assert prints("{kind: uniform, count: 8}", 1.2) == prints("{kind: uniform, count: 8}", 1.4)
+    assert prints("{kind: static}", 1.2) != prints("{kind: static}", 1.4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("{kind: uniform, count: 9}", "count 9 is not among the token choices"),
+        ("{kind: random, tokens: 1000}", "a mean of 1000.0 tokens is impossible"),
+    ],
+)
+def test_assignments_that_the_tokenizer_cannot_make_are_refused_early(policy: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"tokenizer.policy: .*{message}"):
+        open_experiment(TINY, [f"tokenizer.policy={policy}"])
