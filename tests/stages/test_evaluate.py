@@ -259,6 +259,23 @@ def test_frechet_distances_carry_the_network_and_its_weights_in_their_name(
     assert 0 <= entry[key.replace("frechet", "precision")] <= 1
 
 
+def test_a_final_tokenizer_that_is_not_causal_is_scored_like_any_other(in_process, inputs, tmp_path):
+    torch.manual_seed(1)
+    holistic = VideoTokenizer(TINY.model_copy(update={"causal": False})).eval()
+    holistic.save_pretrained(tmp_path / "tokenizer" / "model")
+    final = Artifact(Location.parse(tmp_path / "tokenizer"), inputs["tokenizer"].manifest)
+    where = context(inputs | {"tokenizer": final}, tmp_path / "evaluate", policies=[{"kind": "static"}])
+    with in_process():
+        run(replace(where, config=where.config.model_copy(update={"samples": 0})))
+    metric = load_quality("dssim")
+    row = rows_of(where.location, policy="static", headline=True)[0]
+    uri = ClipIndex.open(inputs["index"].location).take(np.array([0])).to_pylist()[0]["uri"]
+    clip = torch.from_numpy(decode_clip(uri, 0.0, ClipFormat(frames=8, size=16)))[None]
+    decoded = holistic.decode(holistic.encode(clip, torch.tensor([row["assignment"]])))
+    blocks = [x.unflatten(2, (2, 4)).transpose(1, 2)[0] for x in (decoded, clip.float() / 255)]
+    assert row["final_dssim"] == pytest.approx(float(metric(*blocks).mean()), abs=1e-4)
+
+
 def test_without_held_out_clips_it_says_what_to_change(inputs, tmp_path):
     table = inputs["curate"].location.read_table("table")
     folder = Location.parse(tmp_path)
