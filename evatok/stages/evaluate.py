@@ -439,7 +439,7 @@ def fan_out_over(
 
 
 def _inputs(config: EvaluateConfig) -> tuple[str, ...]:
-    asked = not config.policies or any("router" in policy.needs for policy in config.policies)
+    asked = not config.policies or any("router" in policy.stages for policy in config.policies)
     return ("index", "proxy", "curate", *["router"] * asked, "tokenizer")
 
 

@@ -46,7 +46,7 @@ class StaticPolicy(WeightedPolicy):
     """
 
     kind: Literal["static"] = "static"
-    needs: ClassVar[tuple[str, ...]] = ("proxy", "curate")
+    stages: ClassVar[tuple[str, ...]] = ("proxy", "curate")
 
     def missing(self, sources: Sources) -> list[str]:
         return ["training table"] * (sources.training_quality is None or sources.statistics is None)

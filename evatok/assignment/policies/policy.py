@@ -99,7 +99,7 @@ class BasePolicy(Config):
     """A policy by its settings. Subclasses have a ``kind`` and one field that moves their mean tokens."""
 
     kind: str
-    needs: ClassVar[tuple[str, ...]] = ()
+    stages: ClassVar[tuple[str, ...]] = ()
     """Stages of a run that what it assigns comes of."""
     whole_set: ClassVar[bool] = False
     """Assigns the clips of a set jointly, so that the result depends on which clips are in it."""
