@@ -106,11 +106,6 @@ def check(experiment: Experiment, source: str) -> None:
         for needed in stage.needs(config):
             if getattr(experiment, needed, None) is None:
                 found.append((stage.name, f"reads what `{needed}` makes; add the section `{needed}`."))
-        for key in stage.reads:
-            if getattr(experiment, key.split(".")[0], None) is None:
-                found.append(
-                    (stage.name, f"reads the setting `{key}`; add the section `{key.split('.')[0]}`.")
-                )
     if not found:
         for stage in stages:
             if stage.check is not None:
@@ -181,8 +176,9 @@ def fingerprints(experiment: Experiment) -> dict[str, str]:
 
 def _settings(stage: Stage, experiment: Experiment) -> dict[str, Any]:
     """What the stage's result depends on besides its inputs, as plain data by section."""
-    settings: dict[str, Any] = {stage.name: identity(getattr(experiment, stage.name))}
-    for key in stage.reads:
+    config = getattr(experiment, stage.name)
+    settings: dict[str, Any] = {stage.name: identity(config)}
+    for key in stage.settings(config):
         value = functools.reduce(getattr, key.split("."), experiment)
         settings[key] = identity(value) if isinstance(value, Config) else value
     return settings
@@ -226,18 +222,20 @@ def run(
     listener: Listener,
     *,
     until: str | None = None,
+    only: str | None = None,
     redo: str | None = None,
     refresh: str | None = None,
     address: str | None = None,
 ) -> RunResult:
     """Bring the experiment's stages to done, in order, and write the report.
 
-    ``until``: the last stage to run. ``redo``: delete this stage's artifact, and those of all stages that
+    ``until``: the last stage to run. ``only``: run this stage alone; refused unless all that it reads,
+    directly or not, is done. ``redo``: delete this stage's artifact, and those of all stages that
     read it directly or not, and make them anew. ``refresh``: run this stage in its folder even if it is done;
     refused once other stages have read it. ``address``: of the Ray cluster (``distributed.cluster``).
     Raises UserError when a stage drifted or another process is running this experiment.
     """
-    for option, name in (("--until", until), ("--redo", redo)):
+    for option, name in (("--until", until), ("stage", only), ("--redo", redo)):
         names = [stage.name for stage in experiment.stages]
         if name is not None and name not in names:
             raise UserError(
@@ -247,11 +245,14 @@ def run(
         stack.enter_context(artifacts.exclusive(experiment.location))
         if redo is not None:
             affected = _with_readers(experiment, redo)
-            _refuse_drift([entry for entry in plan(experiment) if entry.name not in affected], experiment)
+            kept = [entry for entry in _concerned(experiment, only) if entry.name not in affected]
+            _refuse_drift(kept, experiment, only)
+            _refuse_unfinished_inputs(kept, experiment, only)
             experiment.location.write_json(REDO, affected)
         _delete_redone(experiment.location, listener)
-        planned = plan(experiment)
-        _refuse_drift(planned, experiment)
+        planned = _concerned(experiment, only)
+        _refuse_drift(planned, experiment, only)
+        _refuse_unfinished_inputs(planned, experiment, only)
         _find_weights(planned)
         if refresh is not None:
             _refuse_stale_readers(planned, experiment, refresh)
@@ -349,15 +350,41 @@ def _with_readers(experiment: Experiment, name: str) -> list[str]:
     return affected
 
 
-def _refuse_drift(planned: Sequence[PlannedStage], experiment: Experiment) -> None:
+def _concerned(experiment: Experiment, only: str | None) -> list[PlannedStage]:
+    """The plan; of ``only`` and all that it reads, directly or not, where that is given."""
+    planned = plan(experiment)
+    if only is None:
+        return planned
+    wanted = {only}
+    for entry in reversed(planned):
+        if entry.name in wanted:
+            wanted.update(entry.inputs)
+    return [entry for entry in planned if entry.name in wanted]
+
+
+def _refuse_unfinished_inputs(
+    planned: Sequence[PlannedStage], experiment: Experiment, only: str | None
+) -> None:
+    unfinished = [entry.name for entry in planned if entry.state != "done" and entry.name != only]
+    if only is not None and unfinished:
+        raise UserError(
+            f"{only} reads what {', '.join(unfinished)} make{'s' if len(unfinished) == 1 else ''}, which"
+            f" {experiment.location.uri} has not yet. Make it first: evatok run EXPERIMENT --until"
+            f" {unfinished[-1]}"
+        )
+
+
+def _refuse_drift(planned: Sequence[PlannedStage], experiment: Experiment, only: str | None = None) -> None:
     drifted = [entry for entry in planned if entry.state == "drifted"]
     if not drifted:
         return
     lines = [f"{experiment.location.uri} holds results made from another config:"]
     for entry in drifted:
         lines += [f"  {entry.name}: {line}" for line in entry.drift]
+    first = drifted[0].name
+    command = "eval" if first == only else "run"
     lines += [
-        f"Run with --redo {drifted[0].name} to delete and remake it and all stages that read it,",
+        f"Use evatok {command} ... --redo {first} to delete and remake it and all stages that read it,",
         "or keep it and give this experiment another name (--set name=...), or undo the change.",
     ]
     raise UserError("\n".join(lines))

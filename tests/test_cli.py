@@ -86,6 +86,21 @@ def test_index_runs_the_first_stage_alone(toy, toy_chain):
     assert toy_chain.ran == ["index"]
 
 
+def test_eval_of_another_config_names_the_option_that_does_it_anew(toy, toy_chain, capsys, monkeypatch):
+    summary = {"policies": {}}
+    monkeypatch.setattr(
+        sys.modules["evatok.stages.evaluate"], "evaluation", lambda run: summary, raising=False
+    )
+    main(["run", toy])
+    toy_chain.ran.clear()
+    changed = ["eval", toy, "--set", "evaluate.policies=[static]"]
+    capsys.readouterr()
+    assert main(changed) == 2
+    assert "evatok eval ... --redo evaluate" in capsys.readouterr().err
+    assert main([*changed, "--redo", "evaluate"]) == 0
+    assert toy_chain.ran == ["evaluate"]
+
+
 def test_report_needs_a_run(toy, capsys):
     assert main(["report", toy]) == 2
     main(["run", toy])

@@ -191,7 +191,24 @@ def test_until_stops_after_the_stage(make, toy_chain):
     assert states(make()) == ["done", "done", "missing"]
 
 
-@pytest.mark.parametrize("option", ["until", "redo"])
+def test_one_stage_alone_runs_without_what_it_does_not_read(make, toy_chain, monkeypatch):
+    aside = SimpleNamespace(STAGE=replace(make().stages[-1], inputs=("index",)))
+    monkeypatch.setitem(sys.modules, "evatok.stages.evaluate", aside)
+    run(make(), Quiet(), until="index")
+    result = run(make(), Quiet(), only="evaluate")
+    assert toy_chain.ran == ["index", "evaluate"]
+    assert [stage.name for stage in result.stages] == ["index", "evaluate"]
+    assert states(make(router={"lr": 0.2})) == ["done", "missing", "done"]
+
+
+def test_one_stage_alone_is_refused_until_what_it_reads_is_done(make, toy_chain):
+    run(make(), Quiet(), until="index")
+    with pytest.raises(UserError, match=r"router makes, .*evatok run EXPERIMENT --until router"):
+        run(make(), Quiet(), only="evaluate")
+    assert toy_chain.ran == ["index"]
+
+
+@pytest.mark.parametrize("option", ["until", "only", "redo"])
 def test_unknown_stage_is_refused(make, option):
     with pytest.raises(UserError, match="index, router, evaluate"):
         run(make(), Quiet(), **{option: "rooter"})

@@ -83,8 +83,8 @@ class Codec:
         """Token counts int64 [N, T] of the video's N clips."""
         manifests = {name: self._artifact(name) for name in ("proxy", "curate", "router")}
         inputs = {name: artifact for name, artifact in manifests.items() if artifact is not None}
-        reward: Any = getattr(self.experiment, "curate")  # noqa: B009
-        sources = policy_sources(inputs, reward.reward)
+        curate: Any = getattr(self.experiment, "curate")  # noqa: B009
+        sources = policy_sources(inputs, self.tokenizer.config, curate)
         seen = []
         for start, clips in video.batches():
             positions = torch.arange(start, start + len(clips))

@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _experiment(evaluate)
     _address(evaluate)
+    evaluate.add_argument("--redo", choices=["evaluate"], help="delete the earlier evaluation first")
 
     report = command("report", "runs:report", "write the HTML report of a run or a sweep", "{run, report}")
     _experiment(report)

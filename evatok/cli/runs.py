@@ -117,7 +117,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     experiment = experiments.open_experiment(args.experiment, args.overrides)
     console.run = experiment.location
-    result = experiments.run(experiment, console, until="evaluate", address=args.address)
+    result = experiments.run(experiment, console, only="evaluate", redo=args.redo, address=args.address)
     console.end()
     summary = evaluation(experiment.location)
     for name, figures in summary["policies"].items():

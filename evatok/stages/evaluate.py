@@ -12,8 +12,8 @@ Leaves ``table/`` (quality of all assignments with the final tokenizer, see ``as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,15 @@ from torch import Tensor
 
 from evatok import weights
 from evatok.artifacts import Location, read_manifest
-from evatok.assignment.policies import BasePolicy, Evidence, Policy, Sources, UniformPolicy, default_policies
+from evatok.assignment.policies import (
+    BasePolicy,
+    BudgetedPolicy,
+    Evidence,
+    Policy,
+    Sources,
+    UniformPolicy,
+    default_policies,
+)
 from evatok.assignment.reward import HIGHER_IS_BETTER, RewardWeights, reward
 from evatok.assignment.table import RewardRows, RewardTable
 from evatok.config import OPERATIONAL, Config
@@ -34,7 +42,15 @@ from evatok.metrics.frechet import I3D, FeatureStatistics, frechet_distance, pre
 from evatok.metrics.perceptual import load_quality
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.stages.fanning import ClipReader, fan_out_models
-from evatok.stages.judge import Judge, Setting, film_clip, score_clips, take_features, to_evidence
+from evatok.stages.judge import (
+    Judge,
+    Setting,
+    assign_and_take_features,
+    film_clip,
+    score_clips,
+    take_features,
+    to_evidence,
+)
 from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
 from evatok.video.index import ClipIndex
@@ -44,6 +60,15 @@ if TYPE_CHECKING:
     from evatok.distributed.schedule import Shard
 
 CLIPS_PER_TASK = 4  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
+
+
+class FrechetClips(Config):
+    """Clips that need not have been curated, so that a set may be as large as a paper's."""
+
+    split: Literal["train", "test"] = Field("train", description="split of the index")
+    part: str | None = Field(None, description="only this part of a mixture; none: all clips of the split")
+    one_per_video: bool = Field(True, description="of each video one of its clips, drawn at random (LARP)")
+    count: int | None = Field(None, ge=2, description="at most so many, drawn at random; none: all")
 
 
 class EvaluateConfig(Config):
@@ -59,6 +84,11 @@ class EvaluateConfig(Config):
     frechet: bool = Field(
         False, description="Frechet distance, precision and recall by I3D features (needs the weights i3d)"
     )
+    frechet_clips: FrechetClips | None = Field(
+        None,
+        description="clips that `frechet` is measured on, for policies that go by no measured quality; none:"
+        " curate's held-out clips, for every policy",
+    )
     gpu_per_task: Annotated[float, OPERATIONAL] = Field(
         1.0, gt=0, le=1, description="share of a GPU that a task holds, with resources.use_gpu"
     )
@@ -66,6 +96,7 @@ class EvaluateConfig(Config):
 
 def run(context: StageContext) -> dict[str, Any]:
     """Score, compare, film; returns the headline metrics."""
+    config: EvaluateConfig = context.config
     judge, known = assemble(context)
     known, final, evidence = score(context, judge, known)
     rewards = all_rewards(known, judge.sources, context.experiment.curate.reward.weights)
@@ -84,8 +115,9 @@ def run(context: StageContext) -> dict[str, Any]:
     policies = {"metric": metric, "metrics": list(final), "choices": space.choices, "blocks": space.blocks}
     location.write_json("policies.json", {**policies, "clips": len(known), "policies": comparison.policies()})
     summary = comparison.summary()
-    for policy, distances in compare_features(context, judge, known, points).items():
-        summary["policies"][policy] |= distances
+    if config.frechet:
+        for policy, distances in compare_features(context, judge, known, points).items():
+            summary["policies"][policy] |= distances
     location.write_json("summary.json", summary)
     film(context, judge, known, points, rewards)
     return headlines(summary)
@@ -133,10 +165,11 @@ def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
             "evaluate judges policies on curate's held-out clips, and there are none: set curate.clips.test "
             "above 0 and let the index have a test split"
         )
-    sources = policy_sources(context.inputs, reward_config)
+    tokenizer = VideoTokenizer.from_artifact(context.inputs["tokenizer"].location)
+    sources = policy_sources(context.inputs, tokenizer.config, context.experiment.curate)
     judge = Judge(
         clips=ClipReader(ClipIndex.open(context.inputs["index"].location)),
-        tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
+        tokenizer=tokenizer,
         metrics=tuple(load_quality(name) for name in dict.fromkeys((reward_config.quality, *table.metrics))),
         sources=sources,
         settings=tuple(swept(compared(config, sources), sources)),
@@ -258,31 +291,73 @@ def per_clip(known: RewardRows, points: Sequence[Point]) -> pa.Table:
 def compare_features(
     context: StageContext, judge: Judge, known: RewardRows, points: Sequence[Point]
 ) -> dict[str, dict[str, float]]:
-    """Per policy at its headline setting: how far the set of reconstructions is from the originals."""
+    """Per policy at its headline setting: how far the set of reconstructions is from the originals.
+
+    On clips of their own also ``frechet_tokens``, their mean tokens, and ``frechet_clips``, their number.
+    """
     from evatok.distributed.schedule import Shard
 
-    if judge.features is None:
-        return {}
-    shown = [point for point in points if point.headline]
+    config: EvaluateConfig = context.config
+    work: Callable[[Any, Judge], ShardOutput]
+    if config.frechet_clips is None:
+        shown = [point for point in points if point.headline]
+        names = [point.policy for point in shown]
+        specs: list[Any] = [
+            (known.row[start:stop].numpy(), [point.assignment[start:stop] for point in shown])
+            for start, stop in ranges(len(known))
+        ]
+        count, work = len(known), take_features
+    else:
+        settings = [setting for setting in judge.settings if setting.headline and alone(setting.policy)]
+        names = [setting.name for setting in settings]
+        rows = draw(judge.clips.index, config.frechet_clips, context.seed)
+        policies = [setting.policy for setting in settings]
+        specs = [(start, rows[start:stop], policies) for start, stop in ranges(len(rows))]
+        count, work = len(rows), assign_and_take_features
     shards = [
-        Shard(
-            f"{start:08d}-{stop:08d}.parquet",
-            stop - start,
-            (known.row[start:stop].numpy(), [point.assignment[start:stop] for point in shown]),
-        )
-        for start, stop in ranges(len(known))
+        Shard(f"{start:08d}-{stop:08d}.parquet", stop - start, spec)
+        for (start, stop), spec in zip(ranges(count), specs)
     ]
-    fan_out_over(context, shards, take_features, "features", judge, "clips")
+    fan_out_over(context, shards, work, "features", judge, "clips")
     table = context.location.read_table("features")
+    assert judge.features is not None
     original = torch.from_numpy(np.stack(table["original"].to_numpy()))
     found = {}
-    for number, point in enumerate(shown):
+    for number, name in enumerate(names):
         features = torch.from_numpy(np.stack(table[str(number)].to_numpy()))
         distance = frechet_distance(FeatureStatistics.of(original), FeatureStatistics.of(features))
         precision, recall = precision_recall(original, features)
         values = {"frechet": distance, "precision": precision, "recall": recall}
-        found[point.policy] = {f"{key}[{judge.features.name}]": value for key, value in values.items()}
+        found[name] = {f"{key}[{judge.features.name}]": value for key, value in values.items()}
+        if config.frechet_clips is not None:
+            tokens = float(table[f"tokens-{number}"].to_numpy().mean())
+            found[name] |= {"frechet_tokens": tokens, "frechet_clips": len(table)}
     return found
+
+
+def alone(policy: BasePolicy) -> bool:
+    """Whether the policy assigns a clip by itself and without measuring what a tokenizer makes of it."""
+    jointly = isinstance(policy, BudgetedPolicy) and policy.scope == "batch"
+    return not (policy.reads_losses or policy.whole_set or jointly)
+
+
+def draw(index: ClipIndex, wanted: FrechetClips, seed: int) -> NDArray[np.int64]:
+    """Rows of the index, ascending. UserError where there are fewer than two."""
+    view = index.select(split=wanted.split)
+    if wanted.part is not None:
+        view = view.part(wanted.part)
+    order = np.random.default_rng(seed).permutation(len(view))
+    if wanted.one_per_video:
+        video = view.column("uri").cast(pa.string()).combine_chunks().dictionary_encode().indices.to_numpy()
+        _, first = np.unique(video[order], return_index=True)
+        order = order[np.sort(first)]
+    chosen = np.sort(order[: wanted.count])
+    if len(chosen) < 2:
+        raise UserError(
+            f"evaluate.frechet_clips: {index.location.uri} has {len(chosen)} such clips, and a distance of"
+            " sets needs two at least"
+        )
+    return chosen if view.selected is None else view.selected[chosen]
 
 
 def film(
@@ -363,12 +438,29 @@ def fan_out_over(
     )
 
 
+def _inputs(config: EvaluateConfig) -> tuple[str, ...]:
+    asked = not config.policies or any("router" in policy.stages for policy in config.policies)
+    return ("index", "proxy", "curate", *["router"] * asked, "tokenizer")
+
+
+def _check(config: EvaluateConfig, experiment: Any) -> Iterator[tuple[str, str]]:
+    if config.frechet_clips is None:
+        return
+    if not config.frechet:
+        yield "evaluate.frechet_clips", "are used by `frechet`, which is false: set it, or leave them out"
+    parts = getattr(experiment.index.source, "parts", {})
+    if (part := config.frechet_clips.part) is not None and part not in parts:
+        known = ", ".join(parts) or "none: index.source is no mixture"
+        yield "evaluate.frechet_clips.part", f"{part!r} is no part of index.source; there are {known}"
+
+
 STAGE = Stage(
     name="evaluate",
     config=EvaluateConfig,
     run=run,
-    inputs=("index", "proxy", "curate", "router", "tokenizer"),
+    inputs=_inputs,
     reads=("curate.reward",),
     outputs=("clips.parquet", "policies.json", "summary.json", "samples.json", "table/"),
+    check=_check,
     weights=lambda config: ["i3d"] if config.frechet else [],
 )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evatok.assignment.policies import BasePolicy, Evidence, Sources, gather
-from evatok.assignment.search import full
+from evatok.assignment.search import brute_force, full
 from evatok.assignment.table import RewardRows, to_table
 from evatok.metrics.frechet import I3D
 from evatok.metrics.pixels import QualityMetric
@@ -87,7 +87,8 @@ def score_clips(spec: tuple[int, NDArray[np.int64]], judge: Judge) -> ShardOutpu
 
     start, rows = spec
     clips, there, rejected = judge.read(rows)
-    quality = full(judge.tokenizer, clips, judge.sources.space, judge.metrics)
+    search = full if judge.tokenizer.config.causal else brute_force  # else prefixes share nothing
+    quality = search(judge.tokenizer, clips, judge.sources.space, judge.metrics)
     positions = torch.arange(start, start + len(rows))
     evidence = gather(clips, positions, judge.sources, [setting.policy for setting in judge.settings])
     taken = judge.clips.index.take(rows, ("clip_id", "split"))
@@ -150,18 +151,39 @@ def encoded(picture: NDArray[np.uint8]) -> bytes:
 
 
 def take_features(spec: tuple[NDArray[np.int64], Sequence[NDArray[np.int64]]], judge: Judge) -> ShardOutput:
-    """One task: features of the clips at these rows and of their reconstructions.
-
-    Columns ``original``, then ``0``, ``1``, ... for the assignments int64 [B, T] of the spec.
-    """
+    """One task: ``features_of`` the clips at these rows under the assignments int64 [B, T] of the spec."""
     from evatok.distributed.fanout import ShardOutput
 
     rows, assignments = spec
     clips, there, rejected = judge.read(rows)
+    table = features_of(clips, [torch.from_numpy(assignment) for assignment in assignments], judge)
+    return ShardOutput(table.filter(pa.array(there)), rejected)
+
+
+def assign_and_take_features(
+    spec: tuple[int, NDArray[np.int64], Sequence[BasePolicy]], judge: Judge
+) -> ShardOutput:
+    """One task: ``features_of`` the clips at these rows, the first of which is clip ``start``, under what the
+    policies of the spec assign to them; columns ``tokens-0``, ... hold how many tokens that is.
+    """
+    from evatok.distributed.fanout import ShardOutput
+
+    start, rows, policies = spec
+    clips, there, rejected = judge.read(rows)
+    evidence = gather(clips, torch.arange(start, start + len(rows)), judge.sources, policies)
+    assignments = [policy.assign(evidence, judge.sources) for policy in policies]
+    table = features_of(clips, assignments, judge)
+    for number, assignment in enumerate(assignments):
+        table = table.append_column(f"tokens-{number}", pa.array(assignment.sum(1).numpy()))
+    return ShardOutput(table.filter(pa.array(there)), rejected)
+
+
+def features_of(clips: Tensor, assignments: Sequence[Tensor], judge: Judge) -> pa.Table:
+    """Features of clips and of their reconstructions: columns ``original``, then ``0``, ``1``, ... for the
+    assignments int64 [B, T].
+    """
     assert judge.features is not None
     columns = {"original": judge.features(clips.float() / 255)}
     for number, assignment in enumerate(assignments):
-        reconstruction = judge.reconstruct(clips, torch.from_numpy(assignment))
-        columns[str(number)] = judge.features(reconstruction)
-    table = pa.table({name: list(x.float().cpu().numpy()) for name, x in columns.items()})
-    return ShardOutput(table.filter(pa.array(there)), rejected)
+        columns[str(number)] = judge.features(judge.reconstruct(clips, assignment))
+    return pa.table({name: list(x.float().cpu().numpy()) for name, x in columns.items()})

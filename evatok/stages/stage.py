@@ -106,8 +106,8 @@ class Stage:
     ``run``: does the work, leaves ``outputs`` in ``context.location``, returns the headline metrics.
     Run again after an interruption it goes on from what it left.
     ``inputs``: names of the stages it reads, or a function of its config that gives them.
-    ``reads``: dotted keys of other stages' sections that it takes from ``context.experiment``; they count in
-    its fingerprint as its own config does.
+    ``reads``: dotted keys of the sections of its inputs that it takes from ``context.experiment``; they count
+    in its fingerprint as its own config does.
     ``version``: raise it when the code changes what the same config makes.
     ``check``: called with (config, experiment) before anything starts; yields (dotted key, what is wrong and
     what is allowed) for everything that a single field's type cannot say.
@@ -132,3 +132,7 @@ class Stage:
     def needs(self, config: Any) -> tuple[str, ...]:
         """Names of the stages that this stage reads under ``config``."""
         return self.inputs(config) if callable(self.inputs) else self.inputs
+
+    def settings(self, config: Any) -> tuple[str, ...]:
+        """Those of ``reads`` that count under ``config``: a stage that is not read has no say."""
+        return tuple(key for key in self.reads if key.split(".")[0] in self.needs(config))

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from evatok.assignment.policies import Policy, RouterPolicy, Sources
+from evatok.assignment.policies import (
+    Evidence,
+    Policy,
+    RandomPolicy,
+    RouterPolicy,
+    Sources,
+    UniformPolicy,
+)
+from evatok.assignment.space import AssignmentSpace
+from evatok.errors import UserError
 from evatok.models.layers import without_autocast
 from evatok.stages.reconstruction import (
     TokenizerTraining,
@@ -54,12 +63,18 @@ class PolicyAssignments:
 def run(context: StageContext) -> dict[str, Any]:
     """Train under the policy's assignments; returns the last metrics."""
     config: TokenizerStageConfig = context.config
-    sources = policy_sources(context.inputs, context.experiment.curate.reward)
+    sources = policy_sources(context.inputs, config.model, context.experiment.curate)
     return train_tokenizer(context, config, PolicyAssignments(config.policy, sources))
 
 
 def _check(config: TokenizerStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
     yield from tokenizer_problems("tokenizer", config, experiment)
+    if isinstance(config.policy, (UniformPolicy, RandomPolicy)):
+        space = AssignmentSpace(config.model.choices, config.model.blocks)
+        try:
+            config.policy.assign(Evidence(torch.arange(1)), Sources(space))
+        except UserError as error:
+            yield "tokenizer.policy", str(error)
     if experiment.proxy is None:
         return
     proxy = experiment.proxy.model
@@ -76,7 +91,7 @@ STAGE = Stage(
     name="tokenizer",
     config=TokenizerStageConfig,
     run=run,
-    inputs=("index", "proxy", "curate", "router"),
+    inputs=lambda config: ("index", *config.policy.stages),
     reads=("curate.reward",),
     outputs=("model/", "curves/"),
     version=2,

@@ -186,10 +186,11 @@ def assemble(context: StageContext) -> Encoder:
     """The index and the models."""
     config: TokensConfig = context.config
     index = open_clips(context)
+    tokenizer = VideoTokenizer.from_artifact(context.inputs["tokenizer"].location)
     return Encoder(
         clips=ClipReader(index),
-        tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
-        sources=policy_sources(context.inputs, context.experiment.curate.reward),
+        tokenizer=tokenizer,
+        sources=policy_sources(context.inputs, tokenizer.config, context.experiment.curate),
         config=config,
         labels=tuple(index.labels()) if config.labels else (),
         seed=context.seed,
@@ -264,7 +265,7 @@ STAGE = Stage(
     name="tokens",
     config=TokensConfig,
     run=run,
-    inputs=("index", "proxy", "curate", "router", "tokenizer"),
+    inputs=lambda config: ("index", *config.policy.stages, "tokenizer"),
     reads=("curate.reward",),
     outputs=(f"{ROWS}/", VOCABULARY, "rejected.parquet"),
     check=_check,

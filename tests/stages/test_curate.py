@@ -2,6 +2,7 @@ import errno
 import os
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from evatok.assignment.space import AssignmentSpace
 from evatok.assignment.table import RewardRows, RewardTable, to_table
 from evatok.config import identity
 from evatok.errors import UserError
+from evatok.experiment import open_experiment
 from evatok.metrics.perceptual import load_quality
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
 from evatok.stages.curate import (
@@ -355,3 +357,10 @@ def test_reward_must_take_a_recorded_metric_and_changes_nothing_that_is_made():
 
 def test_pandas_reads_the_table_in_one_line(curated):
     assert len(pd.read_parquet(curated[0].location.local() / "table")) == 23
+
+
+def test_a_proxy_that_is_not_causal_is_refused_early():
+    tiny = Path(__file__).parents[2] / "experiments" / "tiny.yaml"
+    with pytest.raises(UserError, match=r"proxy\.model\.causal: is false, but curate"):
+        open_experiment(tiny, ["proxy.model.causal=false"])
+    assert not open_experiment(tiny, ["tokenizer.model.causal=false"]).tokenizer.model.causal

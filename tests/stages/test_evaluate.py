@@ -2,6 +2,7 @@ import json
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -17,15 +18,16 @@ from evatok.assignment.search import full
 from evatok.assignment.space import AssignmentSpace
 from evatok.assignment.table import RewardRows, RewardTable, to_table
 from evatok.errors import UserError
+from evatok.experiment import open_experiment
 from evatok.metrics.perceptual import load_quality
 from evatok.models.router import Router, RouterConfig
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
 from evatok.report.page import render
 from evatok.stages.curate import CurateConfig, write_statistics
-from evatok.stages.evaluate import STAGE, EvaluateConfig, run
+from evatok.stages.evaluate import STAGE, EvaluateConfig, FrechetClips, draw, run
 from evatok.stages.stage import Resources, StageContext
 from evatok.video.decode import ClipFormat, decode_clip
-from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, write_index
+from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, SourceShare, write_index
 from evatok.video.write import write_video
 
 TINY = TokenizerConfig(
@@ -85,7 +87,7 @@ def inputs(tmp_path_factory):
     now = datetime.now(timezone.utc)
     return {
         name: Artifact(run_folder / name, Manifest(stage=name, started=now, finished=now, **known))
-        for name in STAGE.inputs
+        for name in STAGE.needs(EvaluateConfig())
     }
 
 
@@ -259,6 +261,56 @@ def test_frechet_distances_carry_the_network_and_its_weights_in_their_name(
     assert 0 <= entry[key.replace("frechet", "precision")] <= 1
 
 
+def test_a_final_tokenizer_that_is_not_causal_is_scored_like_any_other(in_process, inputs, tmp_path):
+    torch.manual_seed(1)
+    holistic = VideoTokenizer(TINY.model_copy(update={"causal": False})).eval()
+    holistic.save_pretrained(tmp_path / "tokenizer" / "model")
+    final = Artifact(Location.parse(tmp_path / "tokenizer"), inputs["tokenizer"].manifest)
+    where = context(inputs | {"tokenizer": final}, tmp_path / "evaluate", policies=[{"kind": "static"}])
+    with in_process():
+        run(replace(where, config=where.config.model_copy(update={"samples": 0})))
+    metric = load_quality("dssim")
+    row = rows_of(where.location, policy="static", headline=True)[0]
+    uri = ClipIndex.open(inputs["index"].location).take(np.array([0])).to_pylist()[0]["uri"]
+    clip = torch.from_numpy(decode_clip(uri, 0.0, ClipFormat(frames=8, size=16)))[None]
+    decoded = holistic.decode(holistic.encode(clip, torch.tensor([row["assignment"]])))
+    blocks = [x.unflatten(2, (2, 4)).transpose(1, 2)[0] for x in (decoded, clip.float() / 255)]
+    assert row["final_dssim"] == pytest.approx(float(metric(*blocks).mean()), abs=1e-4)
+
+
+def test_frechet_distances_may_have_clips_of_their_own(in_process, inputs, tmp_path, monkeypatch):
+    (tmp_path / "i3d").mkdir()
+    torch.jit.script(Means()).save(str(tmp_path / "i3d" / "i3d_torchscript.pt"))
+    monkeypatch.setenv("EVATOK_WEIGHTS", str(tmp_path))
+    chosen = ({"kind": "uniform", "count": 2}, {"kind": "router"}, {"kind": "oracle"})
+    clips = {"split": "train", "count": 11}
+    where = context(inputs, tmp_path / "evaluate", frechet=True, policies=chosen, frechet_clips=clips)
+    with in_process():
+        run(where)
+    found = where.location.read_json("summary.json")["policies"]
+    assert found["uniform"]["frechet_clips"] == found["router"]["frechet_clips"] == 11
+    assert found["uniform"]["frechet_tokens"] == 4
+    assert [any(key.startswith("frechet[") for key in found[name]) for name in found] == [True, True, False]
+
+
+def test_one_clip_of_each_video_is_drawn_from_the_split_and_the_part(tmp_path):
+    folder = Location.parse(tmp_path)
+    rows = [
+        {"clip_id": str(i), "uri": f"video{i // 4}.mp4", "split": "test" if i >= 20 else "train"}
+        for i in range(24)
+    ]
+    sources = (SourceShare("a", 8, 1.0), SourceShare("b", 16, 1.0))
+    write_index(folder, pa.Table.from_pylist(rows, SCHEMA), REJECTED_SCHEMA.empty_table(), sources)
+    index = ClipIndex.open(folder)
+    drawn = draw(index, FrechetClips(), 0)
+    assert (drawn // 4).tolist() == [0, 1, 2, 3, 4]
+    assert (draw(index, FrechetClips(part="b"), 0) // 4).tolist() == [2, 3, 4]
+    assert draw(index, FrechetClips(one_per_video=False), 0).tolist() == list(range(20))
+    assert len({tuple(draw(index, FrechetClips(count=2), seed)) for seed in range(9)}) > 1
+    with pytest.raises(UserError, match="has 1 such clips"):
+        draw(index, FrechetClips(split="test"), 0)
+
+
 def test_without_held_out_clips_it_says_what_to_change(inputs, tmp_path):
     table = inputs["curate"].location.read_table("table")
     folder = Location.parse(tmp_path)
@@ -301,3 +353,15 @@ def test_uniform_is_measured_beside_whatever_is_compared_and_no_sample_needs_a_f
     assert set(summary["policies"]) == {"uniform", "static", "router"}
     assert "best_uniform" in summary["headline"]
     assert where.location.read_json("samples.json")["clips"] == []
+
+
+def test_clips_of_a_part_that_the_source_does_not_have_are_refused_early():
+    experiments = Path(__file__).parents[2] / "experiments"
+    assert open_experiment(experiments / "ucf101_k600.yaml").evaluate.frechet_clips == FrechetClips(
+        part="ucf101"
+    )
+    assert open_experiment(experiments / "k600_prediction.yaml").evaluate.frechet_clips is None
+    with pytest.raises(UserError, match=r"'ucf' is no part of index\.source; there are ucf101, k600"):
+        open_experiment(experiments / "ucf101_k600.yaml", ["evaluate.frechet_clips={part: ucf}"])
+    with pytest.raises(UserError, match=r"frechet_clips: are used by `frechet`, which is false"):
+        open_experiment(experiments / "tiny.yaml", ["evaluate.frechet_clips={}"])

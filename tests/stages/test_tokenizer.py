@@ -1,5 +1,10 @@
 """The final tokenizer's assignments, and checks of what a tokenizer's training is told."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,13 +13,20 @@ import torch
 
 from evatok.assignment.policies import RouterPolicy, Sources
 from evatok.assignment.space import AssignmentSpace
+from evatok.errors import UserError
+from evatok.experiment import fingerprints, open_experiment, plan
 from evatok.models.layers import TransformerSize
 from evatok.models.router import Router, RouterConfig
+from evatok.models.tokens import Tokens
 from evatok.stages import proxy, tokenizer
 from evatok.stages.reconstruction import TokenizerTraining
 from evatok.stages.tokenizer import PolicyAssignments, TokenizerStageConfig
+from evatok.video.synthetic import write_videos
 
 CHOICES = (2, 4, 8)
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+TINY = EXPERIMENTS / "tiny.yaml"
+ALONE = ["proxy=null", "curate=null", "router=null", "evaluate=null"]
 
 
 def test_a_clip_is_assigned_the_same_tokens_under_autocast() -> None:
@@ -61,3 +73,80 @@ def test_the_frames_of_the_perceptual_term_must_divide_the_clips() -> None:
     assert "3 does not divide the clip's frames, which are 8" in found["proxy.losses.perceptual_frames"]
     assert problems({"perceptual_frames": 4}) == {}
     assert problems({"perceptual_frames": 3, "perceptual": 0}) == {}
+
+
+@pytest.mark.parametrize("policy", ["{kind: uniform, count: 8}", "{kind: random, tokens: 40}"])
+def test_under_assignments_that_ask_nobody_the_index_is_enough(policy: str, tmp_path: Path) -> None:
+    experiment = open_experiment(TINY, [*ALONE, f"tokenizer.policy={policy}", f"storage={tmp_path}"])
+    assert {entry.name: list(entry.inputs) for entry in plan(experiment)} == {
+        "index": [],
+        "tokenizer": ["index"],
+    }
+    with pytest.raises(UserError, match="reads what `curate` makes"):
+        open_experiment(TINY, [*ALONE, "tokenizer.policy={kind: static}"])
+
+
+def test_only_a_policy_that_weighs_rewards_makes_the_tokenizer_depend_on_them() -> None:
+    def prints(policy: str, w_q: float) -> str:
+        settings = [f"tokenizer.policy={policy}", f"curate.reward.w_q={w_q}"]
+        return fingerprints(open_experiment(TINY, settings))["tokenizer"]
+
+    assert prints("{kind: uniform, count: 8}", 1.2) == prints("{kind: uniform, count: 8}", 1.4)
+    assert prints("{kind: static}", 1.2) != prints("{kind: static}", 1.4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("{kind: uniform, count: 9}", "count 9 is not among the token choices"),
+        ("{kind: random, tokens: 1000}", "a mean of 1000.0 tokens is impossible"),
+    ],
+)
+def test_assignments_that_the_tokenizer_cannot_make_are_refused_early(policy: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"tokenizer.policy: .*{message}"):
+        open_experiment(TINY, [f"tokenizer.policy={policy}"])
+
+
+@pytest.mark.parametrize("name", ["uniform", "tail_drop", "holistic"])
+def test_comparison_models_are_trained_from_the_index_alone_at_the_papers_size(name: str) -> None:
+    experiment = open_experiment(EXPERIMENTS / f"webvid_{name}.yaml")
+    index, final = plan(experiment)
+    assert (index.name, final.name, list(final.inputs)) == ("index", "tokenizer", ["index"])
+    (parameters,) = final.describe(experiment).models.values()
+    assert parameters == pytest.approx(145e6, abs=1e6)
+
+
+def test_a_comparison_model_that_is_trained_stays_when_it_is_to_be_evaluated() -> None:
+    changes = ["tokenizer.policy={kind: uniform, count: 256}", "tokenizer.train.steps=400000"]
+    whole = fingerprints(open_experiment(EXPERIMENTS / "webvid.yaml", changes))
+    alone = fingerprints(open_experiment(EXPERIMENTS / "webvid_uniform.yaml"))
+    assert "evaluate" in whole
+    assert alone == {name: whole[name] for name in ("index", "tokenizer")}
+
+
+def test_a_uniform_tokenizer_is_trained_and_used_without_proxy_curation_or_router(tmp_path: Path) -> None:
+    changes = [
+        *ALONE,
+        "tokenizer.policy={kind: uniform, count: 8}",
+        f"storage={tmp_path}",
+        "index.source.count=4",
+    ]
+    short = ["resources.workers=0", "tokenizer.train={steps: 2, warmup: 0, global_batch: 2}"]
+    settings = [word for change in (*changes, *short) for word in ("--set", change)]
+    done = evatok("run", str(TINY), *settings, "--json")
+    assert [stage["name"] for stage in json.loads(done)["stages"]] == ["index", "tokenizer"]
+    video = write_videos(tmp_path, 1, seed=3)[0]
+    tokens = str(tmp_path / "video.safetensors")
+    options = ["--policy", "{kind: uniform, count: 8}", "--output", tokens]
+    evatok("encode", str(tmp_path / "tiny"), str(tmp_path / video.name), *options)
+    assert set(Tokens.load(tokens).lengths.flatten().tolist()) == {8}
+
+
+def evatok(*words: str) -> str:
+    """The last line of stdout of a command that must succeed."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "evatok.cli", *words], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class StaticPolicy(WeightedPolicy):
     """
 
     kind: Literal["static"] = "static"
+    stages: ClassVar[tuple[str, ...]] = ("proxy", "curate")
 
     def missing(self, sources: Sources) -> list[str]:
         return ["training table"] * (sources.training_quality is None or sources.statistics is None)

@@ -19,6 +19,7 @@ from evatok.errors import UserError
 class MeasuringPolicy(BasePolicy):
     """What these policies share: the proxy's losses, and the name of their metric."""
 
+    stages: ClassVar[tuple[str, ...]] = ("proxy", "curate")
     reads_losses: ClassVar[bool] = True
 
     @staticmethod

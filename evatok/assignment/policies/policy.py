@@ -99,6 +99,8 @@ class BasePolicy(Config):
     """A policy by its settings. Subclasses have a ``kind`` and one field that moves their mean tokens."""
 
     kind: str
+    stages: ClassVar[tuple[str, ...]] = ()
+    """Stages of a run that what it assigns comes of."""
     whole_set: ClassVar[bool] = False
     """Assigns the clips of a set jointly, so that the result depends on which clips are in it."""
     oracle: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +17,8 @@ _PRICES = (8.0, 4.0, 2.0, 1.0, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -4.0, -8
 
 class AskingPolicy(BasePolicy):
     """Policies that follow the router's scores, and a conditioned router's at a weight of quality."""
+
+    stages: ClassVar[tuple[str, ...]] = ("proxy", "curate", "router")
 
     w_q: float | None = Field(
         None, ge=0, le=2, description="reward weight of quality, for a conditioned router; none: the run's"
