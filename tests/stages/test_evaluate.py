@@ -164,6 +164,33 @@ def test_every_policy_and_setting_has_a_row_for_every_held_out_clip(evaluated):
             assert point["dssim"] == pytest.approx(np.mean([r["dssim"] for r in rows]))
 
 
+def test_policies_without_a_setting_of_their_own_are_quoted_nearest_to_the_tokens_of_static(evaluated):
+    location = evaluated[0]
+    found = location.read_json("policies.json")
+    (static,) = {sum(row["assignment"]) for row in rows_of(location, policy="static", headline=True)}
+    assert found["budget"] == location.read_json("summary.json")["budget"] == static
+    for name in ("uniform", "random", "ilp", "information", "difference", "threshold", "recurrent"):
+        points = found["policies"][name]["points"]
+        gap = {point["label"]: abs(np.log(point["mean_tokens"] / static)) for point in points}
+        (shown,) = (point["label"] for point in points if point["headline"])
+        assert gap[shown] == min(gap.values()), name
+    for name in ("static", "oracle", "router"):
+        (quoted,) = (point for point in found["policies"][name]["points"] if point["headline"])
+        assert quoted["knob"] == (0 if name == "router" else CURATE.reward.w_q)
+
+
+def test_settings_that_are_asked_for_are_quoted_and_two_of_a_kind_are_told_apart(
+    in_process, inputs, tmp_path
+):
+    chosen = [{"kind": "uniform", "count": 4}, {"kind": "uniform", "count": 1}, {"kind": "ilp", "budget": 7}]
+    where = context(inputs, tmp_path, policies=chosen)
+    with in_process():
+        run(where)
+    summary = where.location.read_json("summary.json")["policies"]
+    tokens = {name: entry["mean_tokens"] for name, entry in summary.items()}
+    assert tokens == {"uniform": 8, "uniform-count=1": 2, "ilp": 7}
+
+
 def test_qualities_are_those_of_reconstructing_with_each_tokenizer(evaluated, inputs):
     metric = load_quality("dssim")
     index = ClipIndex.open(inputs["index"].location)

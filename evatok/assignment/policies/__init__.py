@@ -2,10 +2,11 @@
 
 from typing import Annotated
 
+import torch
 from pydantic import Field
 
 from evatok.assignment.policies.budget import DifferencePolicy, IlpPolicy, InformationPolicy
-from evatok.assignment.policies.fixed import RandomPolicy, StaticPolicy, UniformPolicy
+from evatok.assignment.policies.fixed import RandomPolicy, StaticPolicy, UniformPolicy, extremes
 from evatok.assignment.policies.measured import (
     BestUniformPolicy,
     OraclePolicy,
@@ -34,21 +35,35 @@ Policy = Annotated[
 """Any policy, told apart by ``kind``: in YAML ``{kind: uniform, count: 256}``."""
 
 
+def common_budget(sources: Sources) -> float:
+    """Mean tokens of a clip at which policies are compared: those of ``static``, the run's best constant.
+
+    The space's own mean where there is no reward table to find it with.
+    """
+    if StaticPolicy().missing(sources):
+        return length_statistics(sources.space)[0]
+    return float(StaticPolicy().assign(Evidence(torch.arange(1)), sources).sum())
+
+
 def default_policies(sources: Sources) -> list[BasePolicy]:
-    """Every policy that the sources allow, at the setting it is quoted at."""
-    space = sources.space
-    mean_tokens, _ = length_statistics(space)
+    """Every policy that the sources allow.
+
+    Those that weigh quality against tokens do so as the run's reward does, those that keep a budget keep the
+    common one; uniform counts, rates and limits are anywhere on their curve.
+    """
+    space, budget = sources.space, common_budget(sources)
+    lowest, highest = extremes(space)
     policies: list[BasePolicy] = [
-        UniformPolicy(count=space.choices[max(0, len(space.choices) - 2)]),
+        UniformPolicy(count=space.choices[0]),
         StaticPolicy(),
-        RandomPolicy(tokens=mean_tokens),
+        RandomPolicy(tokens=min(max(budget, lowest + 1), highest - 1)),
         BestUniformPolicy(),
         OraclePolicy(),
-        IlpPolicy(budget=mean_tokens),
+        IlpPolicy(budget=budget),
         InformationPolicy(rate=0.5),
         DifferencePolicy(rate=0.5),
         RouterPolicy(),
-        BudgetedPolicy(budget=mean_tokens),
+        BudgetedPolicy(budget=budget),
     ]
     if sources.statistics is not None:
         limit = float(f"{sources.statistics.quality_mean:.6g}")
@@ -74,6 +89,7 @@ __all__ = [
     "StaticPolicy",
     "ThresholdPolicy",
     "UniformPolicy",
+    "common_budget",
     "default_policies",
     "gather",
 ]

@@ -111,7 +111,7 @@ class LimitPolicy(MeasuringPolicy):
                 f"policy {self.kind}: its sweep needs the reward statistics; run the curate stage"
             )
         mean, std = sources.statistics.quality_mean, sources.statistics.quality_std
-        limits = [float(f"{mean + float(z) * std:.6g}") for z in np.linspace(-2, 2, 9)]
+        limits = [float(f"{mean + float(z) * std:.6g}") for z in np.linspace(-2, 2, 17)]
         return [self.model_copy(update={"limit": limit}) for limit in limits]
 
 

@@ -103,6 +103,8 @@ class BasePolicy(Config):
     """Assigns the clips of a set jointly, so that the result depends on which clips are in it."""
     oracle: ClassVar[bool] = False
     """Knows the outcome that it is judged by; a bound for the others, not a rival."""
+    weighs: ClassVar[bool] = False
+    """Trades quality for tokens as the run's reward does, so that it has a setting of its own."""
     reads_losses: ClassVar[bool] = False
     reads_change: ClassVar[bool] = False
 
@@ -164,6 +166,7 @@ class BasePolicy(Config):
 class WeightedPolicy(BasePolicy):
     """Policies that weigh quality against tokens as the reward does."""
 
+    weighs: ClassVar[bool] = True
     w_q: float | None = Field(None, ge=0, le=2, description="reward weight of quality; none: the run's")
 
     @property

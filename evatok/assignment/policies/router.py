@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -39,6 +39,7 @@ class RouterPolicy(AskingPolicy):
     """
 
     kind: Literal["router"] = "router"
+    weighs: ClassVar[bool] = True
     price: float = Field(0.0, description="log-probability that one standard deviation of length costs")
 
     @property
