@@ -17,7 +17,7 @@ Leaves ``table/`` (quality of all assignments with the final tokenizer, see ``as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +31,7 @@ from torch import Tensor
 from evatok import weights
 from evatok.artifacts import Location, read_manifest
 from evatok.assignment.policies import (
+    KINDS,
     BasePolicy,
     Evidence,
     Policy,
@@ -40,6 +41,7 @@ from evatok.assignment.policies import (
     default_policies,
 )
 from evatok.assignment.reward import HIGHER_IS_BETTER, RewardWeights, reward
+from evatok.assignment.space import AssignmentSpace
 from evatok.assignment.table import RewardRows, RewardTable
 from evatok.config import OPERATIONAL, Config
 from evatok.errors import UserError
@@ -140,9 +142,8 @@ def headlines(summary: dict[str, Any]) -> dict[str, Any]:
     for name, entry in summary["policies"].items():
         found[f"{name}_percentile"] = entry["reward_percentile"]
         found[f"{name}_tokens"] = entry["mean_tokens"]
-    for name in SAVINGS:
-        if saving := summary["policies"].get("router", {}).get(name):
-            found[f"router_{name}"] = saving["value"]
+    if router := summary["policies"].get("router"):
+        found |= {f"router_{name}": router[name]["value"] for name in SAVINGS if router[name]}
     return found
 
 
@@ -157,10 +158,12 @@ def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
             "evaluate judges policies on curate's held-out clips, and there are none: set curate.clips.test "
             "above 0 and let the index have a test split"
         )
-    sources = policy_sources(context.inputs, reward_config)
+    tokenizer = VideoTokenizer.from_artifact(context.inputs["tokenizer"].location)
+    space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
+    sources = policy_sources(context.inputs, reward_config, space)
     judge = Judge(
         clips=ClipReader(ClipIndex.open(context.inputs["index"].location)),
-        tokenizer=VideoTokenizer.from_artifact(context.inputs["tokenizer"].location),
+        tokenizer=tokenizer,
         metrics=tuple(load_quality(name) for name in dict.fromkeys((reward_config.quality, *table.metrics))),
         sources=sources,
         settings=tuple(compared(config, sources)),
@@ -403,6 +406,17 @@ def fan_out_over(
     )
 
 
+def _check(config: EvaluateConfig, experiment: Any) -> Iterator[tuple[str, str]]:
+    model = experiment.tokenizer.model
+    space = AssignmentSpace(model.choices, model.blocks)
+    for place, policy in enumerate(config.policies):
+        for problem in policy.problems(space):
+            yield f"evaluate.policies.{place}", f"{policy.kind}: {problem}"
+    for name in config.sample_policies:
+        if name not in KINDS:
+            yield "evaluate.sample_policies", f"there is no policy {name!r}, only {', '.join(KINDS)}"
+
+
 STAGE = Stage(
     name="evaluate",
     config=EvaluateConfig,
@@ -411,5 +425,6 @@ STAGE = Stage(
     reads=("curate.reward",),
     outputs=("clips.parquet", "policies.json", "summary.json", "samples.json", "table/"),
     version=2,
+    check=_check,
     weights=lambda config: ["i3d"] if config.frechet else [],
 )

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 
 from evatok.assignment.policies import Policy, RouterPolicy, Sources
+from evatok.assignment.space import AssignmentSpace
 from evatok.models.layers import without_autocast
 from evatok.stages.reconstruction import (
     TokenizerTraining,
@@ -21,7 +22,7 @@ from evatok.stages.reconstruction import (
     tokenizer_problems,
     train_tokenizer,
 )
-from evatok.stages.sources import policy_sources
+from evatok.stages.sources import policy_problems, policy_sources
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.reconstruction import Assigner
 
@@ -54,12 +55,15 @@ class PolicyAssignments:
 def run(context: StageContext) -> dict[str, Any]:
     """Train under the policy's assignments; returns the last metrics."""
     config: TokenizerStageConfig = context.config
-    sources = policy_sources(context.inputs, context.experiment.curate.reward)
+    space = AssignmentSpace(config.model.choices, config.model.blocks)
+    sources = policy_sources(context.inputs, context.experiment.curate.reward, space, [config.policy])
     return train_tokenizer(context, config, PolicyAssignments(config.policy, sources))
 
 
 def _check(config: TokenizerStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
     yield from tokenizer_problems("tokenizer", config, experiment)
+    space = AssignmentSpace(config.model.choices, config.model.blocks)
+    yield from policy_problems("tokenizer.policy", config.policy, space)
     if experiment.proxy is None:
         return
     proxy = experiment.proxy.model

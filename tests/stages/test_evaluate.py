@@ -191,6 +191,22 @@ def test_settings_that_are_asked_for_are_quoted_and_two_of_a_kind_are_told_apart
     assert tokens == {"uniform": 8, "uniform-count=1": 2, "ilp": 7}
 
 
+@pytest.mark.parametrize(
+    ("config", "key", "said"),
+    [
+        ({"sample_policies": ["rooter"]}, "evaluate.sample_policies", "router"),
+        ({"policies": [{"kind": "oracle"}, {"kind": "ilp", "budget": 1}]}, "evaluate.policies.1", "takes, 2"),
+    ],
+)
+def test_policies_that_cannot_be_are_named_before_anything_starts(config, key, said):
+    experiment = SimpleNamespace(
+        tokenizer=SimpleNamespace(model=TINY), curate=CurateConfig(clips={"test": 3})
+    )
+    (found,) = STAGE.check(EvaluateConfig(**config), experiment)
+    assert found[0] == key
+    assert said in found[1]
+
+
 def test_qualities_are_those_of_reconstructing_with_each_tokenizer(evaluated, inputs):
     metric = load_quality("dssim")
     index = ClipIndex.open(inputs["index"].location)

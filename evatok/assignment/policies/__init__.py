@@ -1,6 +1,6 @@
 """Policies: everything that maps a clip to an assignment, behind one interface."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from evatok.assignment.policies.policy import Assigner, BasePolicy, Evidence, So
 from evatok.assignment.policies.router import BudgetedPolicy, RouterPolicy
 from evatok.assignment.reward import length_statistics
 
-Policy = Annotated[
+_Any = (
     UniformPolicy
     | StaticPolicy
     | RandomPolicy
@@ -29,10 +29,12 @@ Policy = Annotated[
     | InformationPolicy
     | DifferencePolicy
     | RouterPolicy
-    | BudgetedPolicy,
-    Field(discriminator="kind"),
-]
+    | BudgetedPolicy
+)
+Policy = Annotated[_Any, Field(discriminator="kind")]
 """Any policy, told apart by ``kind``: in YAML ``{kind: uniform, count: 256}``."""
+
+KINDS: tuple[str, ...] = tuple(policy.model_fields["kind"].default for policy in get_args(_Any))
 
 
 def common_budget(sources: Sources) -> float:
@@ -72,6 +74,7 @@ def default_policies(sources: Sources) -> list[BasePolicy]:
 
 
 __all__ = [
+    "KINDS",
     "Assigner",
     "BasePolicy",
     "BestUniformPolicy",

@@ -19,6 +19,7 @@ from evatok.errors import UserError
 class MeasuringPolicy(BasePolicy):
     """What these policies share: the proxy's losses, and the name of their metric."""
 
+    needs: ClassVar[tuple[str, ...]] = ("proxy",)
     reads_losses: ClassVar[bool] = True
 
     @staticmethod
@@ -38,8 +39,7 @@ class MeasuringPolicy(BasePolicy):
 class RewardPolicy(MeasuringPolicy, WeightedPolicy):
     """Policies that weigh the measured quality against tokens."""
 
-    def missing(self, sources: Sources) -> list[str]:
-        return super().missing(sources) + ["statistics"] * (sources.statistics is None)
+    needs: ClassVar[tuple[str, ...]] = ("proxy", "statistics")
 
     def statistics(self, sources: Sources) -> RewardStatistics:
         """The z-scores' statistics; UserError without them."""
