@@ -115,6 +115,10 @@ class Comparison:
                     "reward_percentile": percentile,
                     "reward_percentile_interval": _json(spread),
                     "mean_tokens": float(point.tokens.mean()),
+                    "regret": {
+                        name: float(np.quantile(self.best - point.reward, share))
+                        for name, share in (("median", 0.5), ("90", 0.9))
+                    },
                     **entry("quality", point),
                     "final": entry("final", point),
                 }

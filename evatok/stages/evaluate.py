@@ -46,7 +46,7 @@ from evatok.assignment.table import RewardRows, RewardTable
 from evatok.config import OPERATIONAL, Config
 from evatok.errors import UserError
 from evatok.metrics.comparison import SAVINGS, Comparison, Point
-from evatok.metrics.frechet import I3D, FeatureStatistics, frechet_distance, precision_recall
+from evatok.metrics.frechet import FEWEST_CLIPS, I3D, FeatureStatistics, frechet_distance, precision_recall
 from evatok.metrics.perceptual import load_quality
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.stages.fanning import ClipReader, fan_out_models
@@ -116,9 +116,10 @@ def evaluation(run: Location) -> dict[str, Any]:
     """What ``evatok eval --json`` prints: {"budget", "clips", "metric", "policies", "generated"
     if there is any}.
 
-    Per policy at its quoted setting: reward_percentile, mean_tokens, the metrics and the token savings
-    {value, low, high} against uniform and static on the proxy, the same under "final" for the final
-    tokenizer; "budget" is what policies without a setting of their own are quoted at.
+    Per policy at its quoted setting: reward_percentile, mean_tokens, regret {"median", "90"} (over clips, of
+    the reward lost to the best assignment), the metrics and the token savings {value, low, high} against
+    uniform and static on the proxy, the same under "final" for the final tokenizer; "budget" is what policies
+    without a setting of their own are quoted at.
     """
     summary: dict[str, Any] = (run / "evaluate").read_json("summary.json")
     del summary["headline"]
@@ -144,6 +145,7 @@ def headlines(summary: dict[str, Any]) -> dict[str, Any]:
         found[f"{name}_tokens"] = entry["mean_tokens"]
     if router := summary["policies"].get("router"):
         found |= {f"router_{name}": router[name]["value"] for name in SAVINGS if router[name]}
+        found |= {f"router_regret_{name}": value for name, value in router["regret"].items()}
     return found
 
 
@@ -157,6 +159,11 @@ def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
         raise UserError(
             "evaluate judges policies on curate's held-out clips, and there are none: set curate.clips.test "
             "above 0 and let the index have a test split"
+        )
+    if config.frechet and len(known) < FEWEST_CLIPS:
+        raise UserError(
+            f"evaluate.frechet compares sets of at least {FEWEST_CLIPS} held-out clips, and curate has"
+            f" {len(known)}: give more videos of the split test, or leave frechet out"
         )
     tokenizer = VideoTokenizer.from_artifact(context.inputs["tokenizer"].location)
     space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
@@ -412,6 +419,9 @@ def _check(config: EvaluateConfig, experiment: Any) -> Iterator[tuple[str, str]]
     for place, policy in enumerate(config.policies):
         for problem in policy.problems(space):
             yield f"evaluate.policies.{place}", f"{policy.kind}: {problem}"
+    held_out = experiment.curate.clips.test
+    if config.frechet and held_out < FEWEST_CLIPS:
+        yield "curate.clips.test", f"is {held_out}, but evaluate.frechet needs at least {FEWEST_CLIPS} clips"
     for name in config.sample_policies:
         if name not in KINDS:
             yield "evaluate.sample_policies", f"there is no policy {name!r}, only {', '.join(KINDS)}"

@@ -82,6 +82,14 @@ def test_the_percentile_is_a_ratio_of_expectations(comparison, summary):
     assert interval["low"] < expected < interval["high"]
 
 
+def test_the_regret_of_half_and_of_nine_in_ten_clips_is_bounded_by_its_quantiles(comparison, summary):
+    router = comparison.points[-1]
+    regret = np.sort(comparison.best - router.reward)
+    found = summary["policies"]["router"]["regret"]
+    assert regret[29] <= found["median"] <= regret[30]
+    assert regret[53] <= found["90"] <= regret[54]
+
+
 def test_the_headline_names_the_best_uniform_and_whether_more_tokens_help(comparison, summary):
     head = summary["headline"]
     uniforms = [p for p in comparison.points if p.policy == "uniform"]

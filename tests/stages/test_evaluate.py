@@ -195,6 +195,7 @@ def test_settings_that_are_asked_for_are_quoted_and_two_of_a_kind_are_told_apart
     ("config", "key", "said"),
     [
         ({"sample_policies": ["rooter"]}, "evaluate.sample_policies", "router"),
+        ({"frechet": True}, "curate.clips.test", "is 3, but evaluate.frechet needs at least 4"),
         ({"policies": [{"kind": "oracle"}, {"kind": "ilp", "budget": 1}]}, "evaluate.policies.1", "takes, 2"),
     ],
 )
@@ -300,6 +301,17 @@ def test_frechet_distances_carry_the_network_and_its_weights_in_their_name(
     assert key.startswith("frechet[i3d@")
     assert entry[key] > 0
     assert 0 <= entry[key.replace("frechet", "precision")] <= 1
+
+
+def test_too_few_held_out_clips_for_a_frechet_distance_are_the_users_to_mend(inputs, tmp_path):
+    table = inputs["curate"].location.read_table("table")
+    train = pa.compute.equal(table["split"], "train")
+    kept = pa.concat_tables([table.filter(train), table.filter(pa.compute.invert(train)).slice(0, 3)])
+    folder = Location.parse(tmp_path)
+    (folder / "curate").write_table("table/0.parquet", kept)
+    changed = {**inputs, "curate": Artifact(folder / "curate", inputs["curate"].manifest)}
+    with pytest.raises(UserError, match="at least 4 held-out clips, and curate has 3"):
+        run(context(changed, tmp_path / "evaluate", frechet=True))
 
 
 def test_without_held_out_clips_it_says_what_to_change(inputs, tmp_path):
