@@ -140,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = command("bench", "runs:bench", "measure this machine", "the benchmark's figures")
     bench.add_argument("name", metavar="NAME", nargs="?", help="which benchmark, or all; without it, a list")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="where the benchmarks that can choose run")
     _overrides(bench)
     return main
 
