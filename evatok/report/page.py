@@ -139,8 +139,8 @@ def _tiles(summary: Mapping[str, Any] | None) -> list[Tile]:
     tiles = []
     if router := summary["policies"].get("router"):
         against = (
-            f"with {number(router['mean_tokens'])} tokens; best uniform ({best['label']}):"
-            f" {number(best['reward_percentile'])} %"
+            f"with {number(router['mean_tokens'])} tokens; best uniform ({best['label']},"
+            f" {number(best['tokens'])} tokens): {number(best['reward_percentile'])} %"
         )
         tiles.append(
             Tile("router\u2019s reward percentile", f"{number(router['reward_percentile'])} %", against)
@@ -148,7 +148,7 @@ def _tiles(summary: Mapping[str, Any] | None) -> list[Tile]:
         for reference in ("uniform", "static"):
             if saving := router.get(f"token_saving_at_setting_vs_{reference}"):
                 spread = f"{number(saving['low'])} to {number(saving['high'])} %"
-                note = f"router, at its own {measure} of {number(router[metric])}; {spread}"
+                note = f"router, at equal {measure} ({number(router[metric])}); {spread}"
                 tiles.append(Tile(f"tokens saved against {reference}", f"{number(saving['value'])} %", note))
     few, many = head["quality_by_tokens"][0], head["quality_by_tokens"][-1]
     slope = (many[metric] - few[metric]) / np.log2(many["tokens"] / few["tokens"])

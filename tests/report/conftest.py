@@ -246,6 +246,7 @@ def _summary(policies: dict) -> dict:
         "headline": {
             "best_uniform": {
                 "label": best["label"],
+                "tokens": best["mean_tokens"],
                 "reward": best["reward"],
                 "reward_percentile": best["reward_percentile"],
             },
