@@ -9,6 +9,7 @@ import pytest
 
 from evatok.cli import main
 from evatok.cli.console import Console, duration
+from evatok.experiment import CHAIN
 
 
 @pytest.fixture
@@ -35,6 +36,12 @@ def test_help_is_quick_and_imports_neither_torch_nor_ray():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "run an experiment's stages" in done.stdout
+
+
+def test_run_names_the_stages_that_it_may_stop_after(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert ", ".join(CHAIN) in " ".join(capsys.readouterr().out.split())
 
 
 def test_importing_the_package_imports_neither_torch_nor_ray():

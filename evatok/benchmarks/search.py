@@ -16,8 +16,10 @@ from torch import Tensor
 from evatok.artifacts import Location
 from evatok.assignment.reward import RewardStatistics, RewardWeights, percentile, reward
 from evatok.assignment.search import BestResult, Calibration, PrefixTree, best, brute_force, full
+from evatok.assignment.search.exhaustive import on_path
 from evatok.assignment.space import AssignmentSpace
 from evatok.config import Config
+from evatok.errors import UserError
 from evatok.metrics.perceptual import load_quality
 from evatok.metrics.pixels import QualityMetric
 from evatok.models.operations import count_operations
@@ -30,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class Settings(Config):
-    """What is searched. The defaults take about six minutes on two cores."""
+    """What is searched. The defaults take about eight minutes on two cores."""
 
     run: str | None = Field(
         None, description="folder of a run, for its trained proxy and its clips; none: a proxy trained here"
@@ -48,7 +50,10 @@ class Settings(Config):
         description="the proxy that is trained here",
     )
     steps: int = Field(200, gt=0, description="training steps of that proxy, 16 synthetic clips each")
-    clips: int = Field(16, gt=0, description="clips that are searched")
+    clips: int = Field(16, gt=0, description="clips that are searched, by brute force too")
+    agreement_clips: int = Field(
+        100, gt=0, description="clips, those among them, on which best is compared with full"
+    )
     calibration_clips: int = Field(
         32, gt=0, description="training clips whose whole tree calibrates the bound"
     )
@@ -69,26 +74,33 @@ def run(settings: Settings) -> dict[str, Any]:
     """Keys: ``full``, ``best_proven``, ``best_calibrated``, each with ``speedup`` over batched brute force in
     seconds, ``counted_ratio`` (the same in counted operations), ``nodes`` per clip of the tree's ``m + m ** 2
     + ...``, ``seconds``, ``agreement`` with brute force's argmax (0 to 1) and ``reward_percentile``;
-    ``large_full`` with the first two and ``seconds``; ``conditions``."""
+    ``agreement``: ``clips``, and of ``best_proven`` and ``best_calibrated`` the share of them that agree with
+    the argmax of ``full``; ``large_full``, ``large_best_proven`` and ``large_best_calibrated``, the same on a
+    subtree of one clip, with the first four; ``conditions``.
+
+    The large tokenizer's weights are random, and one other clip calibrates its bound: the nodes that its
+    bounds spare say nothing of a trained proxy's.
+    """
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     tokenizer, training, clips = _proxy_and_clips(settings)
     figures = _compare(settings, tokenizer, training, clips)
     if settings.large is not None:
-        figures["large_full"] = _subtree(settings, settings.large)
+        figures |= _subtree(settings, settings.large)
     figures["conditions"] = {
         "device": torch.cuda.get_device_name() if settings.device == "cuda" else platform.processor(),
         "threads": settings.threads,
         "precision": settings.precision,
         "proxy": settings.run or f"trained here for {settings.steps} steps",
-        "clips": len(clips),
+        "clips": settings.clips,
     }
     return figures
 
 
 def _compare(
-    settings: Settings, tokenizer: VideoTokenizer, training: Tensor, clips: Tensor
+    settings: Settings, tokenizer: VideoTokenizer, training: Tensor, held_out: Tensor
 ) -> dict[str, Any]:
+    clips = held_out[: settings.clips]
     space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
     metrics: list[QualityMetric] = [load_quality(settings.metric).to(settings.device)]
     weights, memory = RewardWeights(settings.w_q), settings.memory
@@ -103,9 +115,9 @@ def _compare(
     statistics = RewardStatistics.measure(qualities, space)
     mean_quality = torch.cat(qualities).double().mean(0)
     static = reward(mean_quality, space.totals(), settings.metric, weights, statistics).argmax()
-    incumbent = space.assignment(static).expand(len(clips), -1)
+    incumbent = space.assignment(static)
 
-    def bounded(bound: Calibration | None) -> BestResult:
+    def bounded(bound: Calibration | None, clips: Tensor = clips) -> BestResult:
         return best(
             tokenizer,
             clips,
@@ -114,7 +126,7 @@ def _compare(
             weights,
             statistics,
             calibration=bound,
-            incumbent=incumbent,
+            incumbent=incumbent.expand(len(clips), -1),
             memory=memory,
         )
 
@@ -141,38 +153,84 @@ def _compare(
         }
 
     figures = {"full": entry(found, full_seconds, tree_cost, sum(map(len, nodes)))}
+    many = held_out[: settings.agreement_clips]
+    table = full(tokenizer, many, space, metrics, memory=memory)[settings.metric]
+    expected = reward(table.double(), space.totals(), settings.metric, weights, statistics).argmax(1)
+    agreement: dict[str, float] = {"clips": len(many)}
     for name, bound in (("best_proven", None), ("best_calibrated", calibration)):
+        agreement[name] = float((bounded(bound, many).index == expected).double().mean())
         result, seconds = _timed(lambda bound=bound: bounded(bound))  # type: ignore[misc]
         cost = len(clips) * prepare + float(
             sum((seen * cost).sum() for seen, cost in zip(result.evaluated, nodes))
         )
         figures[name] = entry(result.index, seconds, cost, float(result.nodes.double().mean()))
-    return {**figures, "brute_force": {"seconds": brute_seconds}}
+    return {**figures, "agreement": agreement, "brute_force": {"seconds": brute_seconds}}
 
 
-def _subtree(settings: Settings, config: TokenizerConfig) -> dict[str, float]:
-    """``full`` against brute force on the assignments of one clip that share their first blocks."""
+def _subtree(settings: Settings, config: TokenizerConfig) -> dict[str, dict[str, float]]:
+    """The searches against brute force on the assignments of one clip that share their first blocks.
+
+    Another clip's subtree calibrates the bound, and both give the reward its statistics.
+    """
     tokenizer = _placed(VideoTokenizer(config), settings)
     space, prefix = AssignmentSpace(config.choices, config.blocks), settings.large_prefix
-    clip = torch.randint(256, (1, 3, config.frames, config.size, config.size), dtype=torch.uint8)
-    clip = clip.to(settings.device)
-    metrics = [load_quality(settings.metric).to(settings.device)]
+    shape = (2, 3, config.frames, config.size, config.size)
+    clip, other = torch.randint(256, shape, dtype=torch.uint8).to(settings.device).split(1)
+    metrics: list[QualityMetric] = [load_quality(settings.metric).to(settings.device)]
     subtree = space.subtree(prefix)
-    brute_force(tokenizer, clip, space, metrics, prefix=space.choices[:1] * space.blocks)  # warm up
-    _, seconds = _timed(lambda: full(tokenizer, clip, space, metrics, prefix=prefix, memory=settings.memory))
+    path = space.choice_index(torch.tensor(prefix, dtype=torch.int64)).tolist()
+    tree = PrefixTree(tokenizer, other, space, metrics, settings.memory)  # also warms up
+    tree.grow(lambda reached: on_path(reached, path, len(space.choices)))
+    losses = [depth.cpu() for depth in tree.losses[settings.metric]]
+    calibration = Calibration.measure(losses, len(space.choices), subtree.stop - 1)
+    table, seconds = _timed(
+        lambda: full(tokenizer, clip, space, metrics, prefix=prefix, memory=settings.memory)[settings.metric]
+    )
+    known = tree.quality(settings.metric)[:, subtree.start : subtree.stop].cpu()
+    statistics = RewardStatistics.measure([table, known], space)
     # As many assignments at once as the tree's calls have nodes.
     batch = min(settings.batch, len(space.choices))
     _, brute = _timed(lambda: brute_force(tokenizer, clip, space, metrics, prefix=prefix, batch=batch))
     prepare, nodes = node_operations(config, space)
     cost = prepare
-    for depth, operations in enumerate(nodes):
-        below = space.size // len(operations)
-        start, stop = subtree.start // below, -(-subtree.stop // below)
-        cost += float(operations[start:stop].sum())
-        assert depth < len(prefix) or stop - start == len(subtree) // below
-    assignments = space.all()[subtree.start : subtree.stop].tolist()
-    counted = assignment_operations(config, assignments) / cost
-    return {"speedup": brute / seconds, "counted_ratio": counted, "seconds": seconds}
+    for each in nodes:
+        below = space.size // len(each)
+        cost += float(each[subtree.start // below : -(-subtree.stop // below)].sum())
+    operations = assignment_operations(config, space.all()[subtree.start : subtree.stop].tolist())
+    visited = len(prefix) + sum(
+        len(space.choices) ** depth for depth in range(1, space.blocks - len(prefix) + 1)
+    )
+    figures = {
+        "large_full": {
+            "speedup": brute / seconds,
+            "counted_ratio": operations / cost,
+            "nodes": float(visited),
+            "seconds": seconds,
+        }
+    }
+    weights = RewardWeights(settings.w_q)
+    for name, bound in (("large_best_proven", None), ("large_best_calibrated", calibration)):
+        result, seconds = _timed(
+            lambda bound=bound: best(  # type: ignore[misc]
+                tokenizer,
+                clip,
+                space,
+                metrics,
+                weights,
+                statistics,
+                prefix=prefix,
+                calibration=bound,
+                memory=settings.memory,
+            )
+        )
+        cost = prepare + float(sum((seen * each).sum() for seen, each in zip(result.evaluated, nodes)))
+        figures[name] = {
+            "speedup": brute / seconds,
+            "counted_ratio": operations / cost,
+            "nodes": float(result.nodes.double().mean()),
+            "seconds": seconds,
+        }
+    return figures
 
 
 def assignment_operations(config: TokenizerConfig, assignments: Sequence[Sequence[int]]) -> float:
@@ -204,16 +262,13 @@ def node_operations(config: TokenizerConfig, space: AssignmentSpace) -> tuple[fl
 
 def _proxy_and_clips(settings: Settings) -> tuple[VideoTokenizer, Tensor, Tensor]:
     """A trained proxy, clips to calibrate on and other clips to search, uint8 [n, C, F, H, W]."""
-    wanted = settings.calibration_clips, settings.clips
+    wanted = settings.calibration_clips, max(settings.clips, settings.agreement_clips)
     if settings.run is not None:
         location = Location.parse(settings.run)
         with tempfile.TemporaryDirectory() as folder:
             proxy = VideoTokenizer.from_pretrained((location / "proxy").download("model", folder))
         index = ClipIndex.open(location / "index")
-        parts = [
-            index.select(split=split).take(np.arange(count)).to_pylist()
-            for split, count in zip(("train", "test"), wanted)
-        ]
+        parts = [spread(index, split, count) for split, count in zip(("train", "test"), wanted)]
         found = [decoded([(c["uri"], c["start"], c["fps"]) for c in part], proxy.config) for part in parts]
         return _placed(proxy, settings), found[0].to(settings.device), found[1].to(settings.device)
     proxy = VideoTokenizer(settings.tokenizer).to(settings.device)
@@ -223,6 +278,19 @@ def _proxy_and_clips(settings: Settings) -> tuple[VideoTokenizer, Tensor, Tensor
         training, clips = decoded(places, proxy.config).to(settings.device).split(wanted)
     _train(proxy, training, settings.steps)
     return _placed(proxy, settings), training, clips
+
+
+def spread(index: ClipIndex, split: str, count: int) -> list[dict[str, Any]]:
+    """``count`` clips evenly over a split, and so over its videos. UserError where there are fewer."""
+    clips = index.select(split=split)
+    if len(clips) < count:
+        raise UserError(
+            f"bench search needs {count} clips of the split {split}, {index.location.uri} has {len(clips)}:"
+            " lower calibration_clips (train), clips or agreement_clips (test)"
+        )
+    places = np.linspace(0, len(clips) - 1, count).round().astype(np.int64)
+    found: list[dict[str, Any]] = clips.take(places).to_pylist()
+    return found
 
 
 def _train(proxy: VideoTokenizer, clips: Tensor, steps: int) -> None:

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from evatok.artifacts import Artifact, read_manifest
-from evatok.assignment.policies import BudgetedPolicy, Evidence, Policy, RouterPolicy
-from evatok.assignment.policies.policy import BasePolicy
+from evatok.assignment.policies import BasePolicy, BudgetedPolicy, Evidence, Policy
+from evatok.assignment.space import AssignmentSpace
 from evatok.cli.console import Console
 from evatok.config import Config, parse
 from evatok.errors import UserError
@@ -60,11 +60,12 @@ class Video:
 
 @dataclass(frozen=True)
 class Codec:
-    """A run's final tokenizer and the rate at which it samples frames (0: every frame)."""
+    """A run's final tokenizer on ``device``, and the rate at which it samples frames (0: every frame)."""
 
     experiment: Experiment
     tokenizer: VideoTokenizer
     fps: float
+    device: str
 
     @classmethod
     def open(cls, args: argparse.Namespace, console: Console) -> Codec:
@@ -77,18 +78,34 @@ class Codec:
                 f" run `evatok run {args.experiment}` first"
             )
         index: Any = getattr(experiment, "index")  # noqa: B009  (a section that the file's type adds)
-        return cls(experiment, VideoTokenizer.from_artifact(location), index.fps)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokenizer = VideoTokenizer.from_artifact(location).to(device).eval()
+        return cls(experiment, tokenizer, index.fps, device)
+
+    def wanted(self, args: argparse.Namespace) -> BasePolicy:
+        """The policy that the options name, that of the run's own training where they name none."""
+        if args.budget is not None:
+            if args.policy is not None:
+                raise UserError("--budget and --policy exclude each other: a budget is kept by the router")
+            return BudgetedPolicy(budget=args.budget)
+        if args.policy is None:
+            stage: Any = getattr(self.experiment, "tokenizer")  # noqa: B009
+            policy: BasePolicy = stage.policy
+            return policy
+        text = args.policy if args.policy.lstrip().startswith("{") else f"{{kind: {args.policy}}}"
+        return parse(f"policy: {text}", PolicyOption, f"--policy {args.policy}").policy
 
     def assignments(self, video: Video, policy: BasePolicy) -> torch.Tensor:
         """Token counts int64 [N, T] of the video's N clips."""
         manifests = {name: self._artifact(name) for name in ("proxy", "curate", "router")}
         inputs = {name: artifact for name, artifact in manifests.items() if artifact is not None}
         curate: Any = getattr(self.experiment, "curate")  # noqa: B009
-        sources = policy_sources(inputs, self.tokenizer.config, curate)
+        space = AssignmentSpace(self.tokenizer.choices, self.tokenizer.blocks)
+        sources = policy_sources(inputs, curate, space, [policy]).to(self.device)
         seen = []
         for start, clips in video.batches():
             positions = torch.arange(start, start + len(clips))
-            seen.append(policy.observe(clips, positions, sources))
+            seen.append(policy.observe(clips.to(self.device), positions, sources))
         return policy.assign(Evidence.cat(seen), sources)
 
     def _artifact(self, name: str) -> Artifact | None:
@@ -112,7 +129,8 @@ class Codec:
     def encode(self, video: Video, assignment: torch.Tensor) -> Iterator[tuple[torch.Tensor, Tokens]]:
         """The clips of the video, some at a time, with their tokens."""
         for start, clips in video.batches():
-            yield clips, self.tokenizer.encode(clips, assignment[start : start + len(clips)])
+            part = assignment[start : start + len(clips)]
+            yield clips, self.tokenizer.encode(clips.to(self.device), part).to("cpu")
 
     @torch.no_grad()
     def decode(self, tokens: Tokens) -> NDArray[np.uint8]:
@@ -123,8 +141,8 @@ class Codec:
 def encode(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write a video's tokens."""
     output = output_file(args, args.video, ".safetensors")
-    policy, codec = wanted(args), Codec.open(args, console)
-    video = codec.video(args.video)
+    codec = Codec.open(args, console)
+    policy, video = codec.wanted(args), codec.video(args.video)
     encoded = codec.encode(video, codec.assignments(video, policy))
     tokens = Tokens.cat([part for _, part in encoded])
     tokens.save(output, codec.tokenizer.codebook, video.fps)
@@ -150,8 +168,8 @@ def decode(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write a video beside its reconstruction, with a bar for the tokens of every block."""
     output = output_file(args, f"{Path(args.video).stem}-reconstructed.mp4", ".mp4", ".gif")
-    policy, codec = wanted(args), Codec.open(args, console)
-    video = codec.video(args.video)
+    codec = Codec.open(args, console)
+    policy, video = codec.wanted(args), codec.video(args.video)
     assignment = codec.assignments(video, policy)
     parts, errors = [], []
 
@@ -169,18 +187,6 @@ def reconstruct(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     psnr = float(-10 * np.log10(max(sum(errors) / len(tokens), 1e-10)))
     console.show(f"{_summary(tokens)}, PSNR {psnr:.2f} dB: {output}")
     return {"output": str(output), "fps": video.fps, "psnr": psnr, **_figures(tokens)}
-
-
-def wanted(args: argparse.Namespace) -> BasePolicy:
-    """The policy that the options name; the router by default."""
-    if args.budget is not None:
-        if args.policy is not None:
-            raise UserError("--budget and --policy exclude each other: a budget is kept by the router")
-        return BudgetedPolicy(budget=args.budget)
-    if args.policy is None:
-        return RouterPolicy()
-    text = args.policy if args.policy.lstrip().startswith("{") else f"{{kind: {args.policy}}}"
-    return parse(f"policy: {text}", PolicyOption, f"--policy {args.policy}").policy
 
 
 def output_file(args: argparse.Namespace, source: str, *suffixes: str) -> Path:

@@ -30,10 +30,7 @@ def parser() -> argparse.ArgumentParser:
     run = command("run", "runs:run", "run an experiment's stages", f"{{run, report, {_STAGES}}}")
     _experiment(run)
     _address(run)
-    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
-    run.add_argument(
-        "--redo", metavar="STAGE", help="delete this stage's result and what depends on it first"
-    )
+    _stages(run)
 
     plan = command(
         "plan",
@@ -68,8 +65,12 @@ def parser() -> argparse.ArgumentParser:
         "eval",
         "runs:evaluate",
         "evaluate a run's tokenizers and policies on held-out clips",
-        "{policies {name: {reward_percentile, mean_tokens, lpips, psnr, token_saving_vs_uniform {value, low, "
-        "high}, token_saving_vs_static {...}}}, clips, metric}",
+        "{policies {name: {reward_percentile, reward_percentile_interval {value, low, high}, mean_tokens,"
+        " regret {median, 90}, the mean of each of curate's metrics, token_saving_vs_uniform {value, low,"
+        " high}, token_saving_vs_static {...}, the same two at the quoted setting as"
+        " token_saving_at_setting_vs_..., final {metrics and savings with the final tokenizer in place of the"
+        " proxy}}}, budget, clips, metric, generated {metrics of the generator's samples}}; a saving that"
+        " cannot be measured is null, and generated is there once the stage generate is done",
     )
     _experiment(evaluate)
     _address(evaluate)
@@ -98,10 +99,7 @@ def parser() -> argparse.ArgumentParser:
     submit.add_argument(
         "--address", metavar="URL", help="job server; else RAY_API_SERVER_ADDRESS, else port 8265 here"
     )
-    submit.add_argument("--until", metavar="STAGE", help="stop after this stage")
-    submit.add_argument(
-        "--redo", metavar="STAGE", help="delete this stage's result and what depends on it first"
-    )
+    _stages(submit)
     submit.add_argument("--no-follow", action="store_true", help="start the job and return")
 
     generate = command(
@@ -115,14 +113,16 @@ def parser() -> argparse.ArgumentParser:
     encode = command(
         "encode", "codec:encode", "turn a video into tokens", "{output, fps, clips, tokens, assignments}"
     )
-    _codec(encode)
+    _codec(encode, "the token file (*.safetensors); default: here, called like the video")
     decode = command(
-        "decode", "codec:decode", "turn tokens back into a video", "{output, clips, tokens, assignments}"
+        "decode", "codec:decode", "turn tokens back into a video", "{output, fps, clips, tokens, assignments}"
     )
     decode.add_argument("experiment", metavar="EXPERIMENT", help="experiment file (*.yaml) or a run's folder")
     decode.add_argument("tokens", metavar="TOKENS", help="token file that encode wrote")
     decode.add_argument("--fps", type=float, help="frames per second; the encoded video's where left out")
-    decode.add_argument("--output", metavar="FILE")
+    decode.add_argument(
+        "--output", metavar="FILE", help="the film (*.mp4, *.gif); default: *.mp4 here, called like TOKENS"
+    )
     _overrides(decode)
     reconstruct = command(
         "reconstruct",
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
         "encode and decode a video, and measure what was lost",
         "{output, fps, psnr, clips, tokens, assignments}",
     )
-    _codec(reconstruct)
+    _codec(reconstruct, "the film (*.mp4, *.gif); default: VIDEO-reconstructed.mp4, here")
 
     weights = command(
         "weights", "weights:command", "list or fetch pretrained weights", "{weights [{name, path}]}"
@@ -141,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = command("bench", "runs:bench", "measure this machine", "the benchmark's figures")
     bench.add_argument("name", metavar="NAME", nargs="?", help="which benchmark, or all; without it, a list")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="where the benchmarks that can choose run")
     _overrides(bench)
     return main
 
@@ -152,14 +153,24 @@ def _experiment(command: argparse.ArgumentParser) -> None:
     _overrides(command)
 
 
-def _codec(command: argparse.ArgumentParser) -> None:
+def _stages(command: argparse.ArgumentParser) -> None:
+    names = "index, proxy, curate, router, tokenizer, tokens, generator, generate, evaluate"
+    command.add_argument("--until", metavar="STAGE", help=f"stop after this stage: {names}")
+    command.add_argument(
+        "--redo", metavar="STAGE", help="delete this stage's result and what depends on it first"
+    )
+
+
+def _codec(command: argparse.ArgumentParser, output: str) -> None:
     _experiment(command)
     command.add_argument("video", metavar="VIDEO", help="video file")
     command.add_argument(
-        "--policy", help="what chooses the tokens: uniform, router, ...; default: the run's own"
+        "--policy",
+        help="what chooses the tokens: router, static, oracle, '{kind: difference, rate: 0.5}', ...; default:"
+        " tokenizer.policy, which the run's tokenizer was trained under",
     )
-    command.add_argument("--budget", type=int, metavar="TOKENS", help="most tokens of a clip")
-    command.add_argument("--output", metavar="FILE")
+    command.add_argument("--budget", type=int, metavar="TOKENS", help="most tokens of a clip, by the router")
+    command.add_argument("--output", metavar="FILE", help=output)
 
 
 def _overrides(command: argparse.ArgumentParser) -> None:
@@ -186,7 +197,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
             "help": "class name or number; may be given again",
         },
         "--count": {"type": int, "default": 4, "help": "clips in all"},
-        "--seed": {"type": int, "default": 0},
+        "--seed": {"type": int, "default": 0, "help": "of the sampling"},
         "--guidance": {"type": float, "help": "classifier-free guidance scale"},
         "--temperature": {"type": float},
         "--top-k": {"type": int},

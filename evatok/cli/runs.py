@@ -174,17 +174,20 @@ def bench(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.show("\n".join(names))
         return {"benchmarks": names}
     if args.name == "all":
-        return {name: _measure(name, args.overrides, console) for name in names}
+        return {name: _measure(name, args, console) for name in names}
     if args.name not in names:
         raise UserError(f"bench {args.name}: no such benchmark. There are: all, {', '.join(names)}.")
-    return _measure(args.name, args.overrides, console)
+    return _measure(args.name, args, console)
 
 
-def _measure(name: str, overrides: list[str], console: Console) -> dict[str, Any]:
+def _measure(name: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from evatok.config import parse
 
     module = importlib.import_module(f"evatok.benchmarks.{name}")
     (settings,) = (kind for key, kind in get_type_hints(module.run).items() if key != "return")
+    overrides = list(args.overrides)
+    if args.device is not None and (args.name != "all" or "device" in settings.model_fields):
+        overrides.append(f"device={args.device}")
     figures = module.run(parse("{}", settings, f"bench {name}", overrides))
     for key, value in figures.items():
         console.show(f"{name} {key}: {_figure(value)}")

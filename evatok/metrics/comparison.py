@@ -15,6 +15,8 @@ from evatok.metrics.curves import Curve, Floats, Interval, interval, resamples, 
 
 RESAMPLES = 1000  # bootstrap draws
 REFERENCES = ("uniform", "static")
+# Over the quality that two curves share, and at the quality of the one setting that a policy is quoted at.
+SAVINGS = tuple(f"{name}_vs_{r}" for name in ("token_saving", "token_saving_at_setting") for r in REFERENCES)
 BACKBONES = ("quality", "final")  # the fields of a point that hold what a tokenizer made of it
 
 
@@ -98,11 +100,10 @@ class Comparison:
             found: dict[str, Any] = {
                 metric: float(values.mean()) for metric, values in getattr(point, backbone).items()
             }
-            for reference in REFERENCES:
-                pair = (point.policy, reference)
-                draws = [row.get(pair, math.nan) for row in drawn[backbone]]
-                saving = interval(measured[backbone].get(pair, math.nan), draws)
-                found[f"token_saving_vs_{reference}"] = _json(saving)
+            for name in SAVINGS:
+                key = (point.policy, name)
+                draws = [row.get(key, math.nan) for row in drawn[backbone]]
+                found[name] = _json(interval(measured[backbone].get(key, math.nan), draws))
             return found
 
         policies = {}
@@ -114,6 +115,10 @@ class Comparison:
                     "reward_percentile": percentile,
                     "reward_percentile_interval": _json(spread),
                     "mean_tokens": float(point.tokens.mean()),
+                    "regret": {
+                        name: float(np.quantile(self.best - point.reward, share))
+                        for name, share in (("median", 0.5), ("90", 0.9))
+                    },
                     **entry("quality", point),
                     "final": entry("final", point),
                 }
@@ -125,17 +130,22 @@ class Comparison:
         return float(100 * (weights @ (point.reward - self.worst)) / (weights @ (self.best - self.worst)))
 
     def _savings(self, backbone: str, weights: Floats) -> dict[tuple[str, str], float]:
-        """Token saving in percent of every (policy, reference) under clip weights [N], the same for both."""
+        """Percent of every (policy, one of SAVINGS) under clip weights [N], the same for all."""
         sign = 1.0 if self.higher_is_better else -1.0
-        curves = {}
-        for policy in dict.fromkeys(point.policy for point in self.points):
-            points = self._curve(policy)
+
+        def curve(points: Sequence[Point]) -> Curve:
             tokens = np.array([point.tokens @ weights for point in points])
             quality = np.array([getattr(point, backbone)[self.metric] @ weights for point in points])
-            curves[policy] = Curve(tokens, sign * quality)
+            return Curve(tokens, sign * quality)
+
+        curves = {
+            policy: curve(self._curve(policy)) for policy in dict.fromkeys(p.policy for p in self.points)
+        }
+        quoted = {point.policy: curve([point]) for point in self.points if point.headline}
         return {
-            (policy, reference): token_saving(curve, curves[reference])
-            for policy, curve in curves.items()
+            (policy, f"{name}_vs_{reference}"): token_saving(found, curves[reference])
+            for name, compared in (("token_saving", curves), ("token_saving_at_setting", quoted))
+            for policy, found in compared.items()
             for reference in REFERENCES
             if reference in curves and reference != policy
         }
@@ -151,6 +161,7 @@ class Comparison:
         headline: dict[str, Any] = {
             "best_uniform": {
                 "label": best.label,
+                "tokens": float(best.tokens.mean()),
                 "reward": float(best.reward.mean()),
                 "reward_percentile": self.percentile(best, np.full(self.clips, 1 / self.clips)),
             },
@@ -167,10 +178,19 @@ class Comparison:
             headline["single_point"] = self._single_point(router, uniform)
         return headline
 
-    def _single_point(self, router: Point, uniform: Sequence[Point]) -> dict[str, Any]:
-        """The paper's figure (Tab. 1): tokens against the uniform policy whose quality is nearest."""
+    def _single_point(self, router: Point, uniform: Sequence[Point]) -> dict[str, Any] | None:
+        """The paper's figure (Tab. 1): tokens against the uniform policy of the nearest quality that is no
+        better than the router's; None where all are better.
+        """
         quality = float(router.quality[self.metric].mean())
-        nearest = min(uniform, key=lambda point: abs(float(point.quality[self.metric].mean()) - quality))
+        sign = 1 if self.higher_is_better else -1
+
+        def ahead(point: Point) -> float:
+            return sign * (quality - float(point.quality[self.metric].mean()))
+
+        nearest = min((point for point in uniform if ahead(point) >= 0), key=ahead, default=None)
+        if nearest is None:
+            return None
         return {
             "reference": nearest.label,
             "tokens_percent": float(100 * (router.tokens.mean() / nearest.tokens.mean() - 1)),

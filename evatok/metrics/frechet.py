@@ -19,6 +19,10 @@ from torch import Tensor
 
 Floats = NDArray[np.float64]
 
+NEIGHBOURS = 3
+FEWEST_CLIPS = NEIGHBOURS + 1
+"""What distance, precision and recall need on both sides."""
+
 
 class FeatureNetwork(Protocol):
     """Clips, float in [0, 1] [B, C, F, H, W] -> features, float [B, D]. ``name``: as in ``i3d@1e67ab2c``."""
@@ -99,7 +103,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     return max(float(distance), 0.0)
 
 
-def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Shares of generated features on the real manifold, and of real ones on the generated manifold.
 
     real, generated: [N, D]; a manifold is the union of balls about its points that reach their

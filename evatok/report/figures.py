@@ -254,10 +254,19 @@ def confusion(block: int, counts: Sequence[Sequence[int]], choices: Sequence[int
     return plot.svg(f"router against oracle, block {block + 1}")
 
 
-def intervals(rows: Sequence[tuple[str, float, float, float]], title: str, *, zero: bool = True) -> str:
-    """One line per (policy, value, low, high) in per cent, by value: a dot and its interval."""
+def intervals(
+    rows: Sequence[tuple[str, float, float, float]],
+    title: str,
+    *,
+    zero: bool = True,
+    tokens: Mapping[str, float] | None = None,
+) -> str:
+    """One line per (policy, value, low, high) in per cent, by value: a dot and its interval.
+
+    ``tokens``: of each policy, named beside its value.
+    """
     ordered = sorted(rows, key=lambda row: -row[1])
-    plot = Plot(380, 46 + 26 * len(ordered), (8, 50, 36, 94))
+    plot = Plot(380, 46 + 26 * len(ordered), (8, 120 if tokens else 50, 36, 94))
     bounds = [v for row in ordered for v in row[1:]] + ([0.0] if zero else [])
     x = Scale.over(bounds, plot.left, plot.right)
     plot.x_axis(x, count=5, title=title, grid=True)
@@ -271,7 +280,8 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], title: str, *, ze
         tip = f"{name}\n{number(value)} % [{number(low)}, {number(high)}]"
         plot.mark(look(name)[1], (x(value), y), 5, "mark", tip)
         plot.parts.append("</g>")
-        plot.text(plot.width - 2, y + 4, f"{number(value)} %", "value", anchor="end")
+        at = f", {number(tokens[name])} tokens" if tokens else ""
+        plot.text(plot.width - 2, y + 4, f"{number(value)} %{at}", "value", anchor="end")
     return plot.svg(f"{title}, by policy")
 
 

@@ -138,13 +138,17 @@ def _tiles(summary: Mapping[str, Any] | None) -> list[Tile]:
     measure, best = figures.title_of(metric), head["best_uniform"]
     tiles = []
     if router := summary["policies"].get("router"):
-        against = f"best uniform ({best['label']}): {number(best['reward_percentile'])} %"
+        against = (
+            f"with {number(router['mean_tokens'])} tokens; best uniform ({best['label']},"
+            f" {number(best['tokens'])} tokens): {number(best['reward_percentile'])} %"
+        )
         tiles.append(
             Tile("router\u2019s reward percentile", f"{number(router['reward_percentile'])} %", against)
         )
         for reference in ("uniform", "static"):
-            if saving := router.get(f"token_saving_vs_{reference}"):
-                note = f"router, at equal {measure}; {number(saving['low'])} to {number(saving['high'])} %"
+            if saving := router.get(f"token_saving_at_setting_vs_{reference}"):
+                spread = f"{number(saving['low'])} to {number(saving['high'])} %"
+                note = f"router, at equal {measure} ({number(router[metric])}); {spread}"
                 tiles.append(Tile(f"tokens saved against {reference}", f"{number(saving['value'])} %", note))
     few, many = head["quality_by_tokens"][0], head["quality_by_tokens"][-1]
     slope = (many[metric] - few[metric]) / np.log2(many["tokens"] / few["tokens"])
@@ -194,8 +198,10 @@ def _savings(summary: Mapping[str, Any] | None) -> Figures:
         return []
     drawn = []
     for key, title in (
-        ("token_saving_vs_uniform", "tokens saved against uniform, %"),
-        ("token_saving_vs_static", "tokens saved against static, %"),
+        ("token_saving_at_setting_vs_uniform", "tokens saved against uniform as quoted, %"),
+        ("token_saving_at_setting_vs_static", "tokens saved against static as quoted, %"),
+        ("token_saving_vs_uniform", "tokens saved against uniform over the curve, %"),
+        ("token_saving_vs_static", "tokens saved against static over the curve, %"),
         ("reward_percentile_interval", "reward percentile, %"),
     ):
         rows = [
@@ -204,7 +210,9 @@ def _savings(summary: Mapping[str, Any] | None) -> Figures:
             if entry.get(key)
         ]
         if rows:
-            drawn.append(figures.intervals(rows, title, zero=key.startswith("token")))
+            saving = key.startswith("token")
+            tokens = None if saving else {n: entry["mean_tokens"] for n, entry in summary["policies"].items()}
+            drawn.append(figures.intervals(rows, title, zero=saving, tokens=tokens))
     return drawn
 
 

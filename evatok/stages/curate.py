@@ -36,6 +36,9 @@ from evatok.video.index import ClipIndex
 if TYPE_CHECKING:
     from evatok.distributed.fanout import Progress, ShardOutput
 
+MOST_ASSIGNMENTS = 20_000
+"""Of a clip; above it, a clip takes minutes to hours and 80 kB per metric."""
+
 Quality = Literal["lpips", "lpips-vgg", "lpips-squeeze", "psnr", "mse", "ssim", "dssim"]
 
 
@@ -342,11 +345,20 @@ def _check(config: CurateConfig, experiment: Any) -> Iterator[tuple[str, str]]:
             "curate.reward.quality",
             f"is {config.reward.quality!r}, but curate.metrics records only {recorded}",
         )
-    if not experiment.proxy.model.causal:
+    model = experiment.proxy.model
+    if not model.causal:
         yield (
             "proxy.model.causal",
             "is false, but curate scores assignments block by block, which needs a block-causal proxy: set it"
             " to true (the final tokenizer's, tokenizer.model.causal, may be false)",
+        )
+    size = AssignmentSpace(model.choices, model.blocks).size
+    if size > MOST_ASSIGNMENTS:
+        yield (
+            "proxy.model",
+            f"{len(model.choices)} choices for each of {model.blocks} blocks are {size:,} assignments, all of"
+            f" which curate scores for every clip; up to {MOST_ASSIGNMENTS:,} are allowed: take fewer"
+            " proxy.model.choices, fewer proxy.model.frames, or more frames per proxy.model.patch",
         )
 
 

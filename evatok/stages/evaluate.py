@@ -4,6 +4,10 @@ The clips are those of curate's test split, so the proxy's quality of every assi
 scores the final tokenizer in the same way and gathers what the policies go by; every policy and setting is
 then read off the tables, on both tokenizers.
 
+A policy is quoted, and filmed, at one setting: at that of ``evaluate.policies``; else, if it weighs quality
+against tokens, at the weight of the run's reward; else at the setting whose mean tokens come nearest to a
+common budget, the tokens of ``static`` (the best fixed assignment of the training clips).
+
 Leaves ``table/`` (quality of all assignments with the final tokenizer, see ``assignment.table``),
 ``clips.parquet`` (a row per policy, setting and clip; ``final_*`` is of the final tokenizer),
 ``policies.json`` (the curves), ``summary.json``
@@ -12,7 +16,9 @@ Leaves ``table/`` (quality of all assignments with the final tokenizer, see ``as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -25,20 +31,23 @@ from torch import Tensor
 from evatok import weights
 from evatok.artifacts import Location, read_manifest
 from evatok.assignment.policies import (
+    KINDS,
     BasePolicy,
     BudgetedPolicy,
     Evidence,
     Policy,
     Sources,
     UniformPolicy,
+    common_budget,
     default_policies,
 )
 from evatok.assignment.reward import HIGHER_IS_BETTER, RewardWeights, reward
+from evatok.assignment.space import AssignmentSpace
 from evatok.assignment.table import RewardRows, RewardTable
 from evatok.config import OPERATIONAL, Config
 from evatok.errors import UserError
-from evatok.metrics.comparison import Comparison, Point
-from evatok.metrics.frechet import I3D, FeatureStatistics, frechet_distance, precision_recall
+from evatok.metrics.comparison import SAVINGS, Comparison, Point
+from evatok.metrics.frechet import FEWEST_CLIPS, I3D, FeatureStatistics, frechet_distance, precision_recall
 from evatok.metrics.perceptual import load_quality
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.stages.fanning import ClipReader, fan_out_models
@@ -74,8 +83,8 @@ class FrechetClips(Config):
 class EvaluateConfig(Config):
     policies: tuple[Policy, ...] = Field(
         (),
-        description="what is compared, with `uniform`, which the others are measured against, in any case;"
-        " empty: all that can run",
+        description="what is compared, and the settings that are quoted; with `uniform`, which the others are"
+        " measured against, in any case; empty: all that can run, quoted at a common budget of tokens",
     )
     samples: int = Field(6, ge=0, description="clips shown under the policies side by side")
     sample_policies: tuple[str, ...] = Field(
@@ -100,7 +109,11 @@ def run(context: StageContext) -> dict[str, Any]:
     judge, known = assemble(context)
     known, final, evidence = score(context, judge, known)
     rewards = all_rewards(known, judge.sources, context.experiment.curate.reward.weights)
-    points = [measure(setting, evidence, judge.sources, final, known, rewards) for setting in judge.settings]
+    budget = common_budget(judge.sources)
+    points = quoted(
+        [measure(setting, evidence, judge.sources, final, known, rewards) for setting in judge.settings],
+        budget,
+    )
     metric = judge.metrics[0].name
     comparison = Comparison(
         points,
@@ -113,8 +126,9 @@ def run(context: StageContext) -> dict[str, Any]:
     location, space = context.location, judge.sources.space
     location.write_table("clips.parquet", per_clip(known, points))
     policies = {"metric": metric, "metrics": list(final), "choices": space.choices, "blocks": space.blocks}
+    policies["budget"] = budget
     location.write_json("policies.json", {**policies, "clips": len(known), "policies": comparison.policies()})
-    summary = comparison.summary()
+    summary = {"budget": budget, **comparison.summary()}
     if config.frechet:
         for policy, distances in compare_features(context, judge, known, points).items():
             summary["policies"][policy] |= distances
@@ -124,10 +138,13 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def evaluation(run: Location) -> dict[str, Any]:
-    """What ``evatok eval --json`` prints: {"clips", "metric", "policies", "generated" if there is any}.
+    """What ``evatok eval --json`` prints: {"budget", "clips", "metric", "policies", "generated"
+    if there is any}.
 
-    Per policy: reward_percentile, mean_tokens, the metrics and the token savings {value, low, high} against
-    uniform and static on the proxy, the same under "final" for the final tokenizer.
+    Per policy at its quoted setting: reward_percentile, mean_tokens, regret {"median", "90"} (over clips, of
+    the reward lost to the best assignment), the metrics and the token savings {value, low, high} against
+    uniform and static on the proxy, the same under "final" for the final tokenizer; "budget" is what policies
+    without a setting of their own are quoted at.
     """
     summary: dict[str, Any] = (run / "evaluate").read_json("summary.json")
     del summary["headline"]
@@ -143,14 +160,17 @@ def headlines(summary: dict[str, Any]) -> dict[str, Any]:
     found = {
         "clips": summary["clips"],
         "best_single_uniform_percentile": head["best_uniform"]["reward_percentile"],
+        "best_single_uniform_tokens": head["best_uniform"]["tokens"],
         "best_single_uniform_reward": head["best_uniform"]["reward"],
         "oracle_reward": head["oracle_reward"],
         "quality_rises_with_tokens": head["rises_with_tokens"],
     }
-    found |= {f"{name}_percentile": entry["reward_percentile"] for name, entry in summary["policies"].items()}
-    for reference in ("uniform", "static"):
-        if saving := summary["policies"].get("router", {}).get(f"token_saving_vs_{reference}"):
-            found[f"router_token_saving_vs_{reference}"] = saving["value"]
+    for name, entry in summary["policies"].items():
+        found[f"{name}_percentile"] = entry["reward_percentile"]
+        found[f"{name}_tokens"] = entry["mean_tokens"]
+    if router := summary["policies"].get("router"):
+        found |= {f"router_{name}": router[name]["value"] for name in SAVINGS if router[name]}
+        found |= {f"router_regret_{name}": value for name, value in router["regret"].items()}
     return found
 
 
@@ -165,14 +185,20 @@ def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
             "evaluate judges policies on curate's held-out clips, and there are none: set curate.clips.test "
             "above 0 and let the index have a test split"
         )
+    if config.frechet and config.frechet_clips is None and len(known) < FEWEST_CLIPS:
+        raise UserError(
+            f"evaluate.frechet compares sets of at least {FEWEST_CLIPS} held-out clips, and curate has"
+            f" {len(known)}: give more videos of the split test, or leave frechet out"
+        )
     tokenizer = VideoTokenizer.from_artifact(context.inputs["tokenizer"].location)
-    sources = policy_sources(context.inputs, tokenizer.config, context.experiment.curate)
+    space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
+    sources = policy_sources(context.inputs, context.experiment.curate, space)
     judge = Judge(
         clips=ClipReader(ClipIndex.open(context.inputs["index"].location)),
         tokenizer=tokenizer,
         metrics=tuple(load_quality(name) for name in dict.fromkeys((reward_config.quality, *table.metrics))),
         sources=sources,
-        settings=tuple(swept(compared(config, sources), sources)),
+        settings=tuple(compared(config, sources)),
         features=I3D(weights.find("i3d")) if config.frechet else None,
         device="cuda" if context.resources.use_gpu else "cpu",
     )
@@ -196,35 +222,51 @@ def score(
     return known.among(scored.row), scored.quality, to_evidence(context.location.read_table("table"))
 
 
-def compared(config: EvaluateConfig, sources: Sources) -> list[BasePolicy]:
-    """The policies that the config names, or all; always with ``uniform``."""
+def compared(config: EvaluateConfig, sources: Sources) -> list[Setting]:
+    """The policies that the config names, or all, along their knobs; always with ``uniform``."""
     policies: list[BasePolicy] = list(config.policies or default_policies(sources))
-    if all(policy.kind != "uniform" for policy in policies):
-        policies.insert(0, UniformPolicy(count=sources.space.choices[-1]))
-    return policies
-
-
-def swept(policies: Sequence[BasePolicy], sources: Sources) -> list[Setting]:
-    """Every policy along its knob, and at its own value of it."""
+    named = bool(config.policies)
     found = []
-    kinds = [policy.kind for policy in policies]
-    for policy in policies:
-        policy = policy.settled(sources)
-        name = policy.kind if kinds.count(policy.kind) == 1 else long_name(policy)
-        values = dict.fromkeys([*policy.sweep(sources), policy])
-        found += [Setting(name, value, headline=value == policy) for value in values]
+    if all(policy.kind != "uniform" for policy in policies):
+        uniform = UniformPolicy(count=sources.space.choices[0])
+        found += swept("uniform", uniform, sources, named=False)
+    for name, policy in with_names(policies):
+        found += swept(name, policy, sources, named)
     return found
 
 
-def long_name(policy: BasePolicy) -> str:
-    """The kind with what differs from its defaults: tells two policies of one kind apart."""
-    fields = type(policy).model_fields
-    changed = [
-        str(value)
-        for key, value in policy
-        if key not in ("kind", policy.knob) and value != fields[key].default
-    ]
-    return "-".join([policy.kind, *changed])
+def swept(name: str, policy: BasePolicy, sources: Sources, named: bool) -> list[Setting]:
+    """A policy along its knob, quoted at its own value of it if it is ``named`` or weighs as the run does."""
+    policy = policy.settled(sources)
+    own = named or policy.weighs
+    values = dict.fromkeys([*policy.sweep(sources), policy])
+    return [Setting(name, value, headline=own and value == policy) for value in values]
+
+
+def with_names(policies: Sequence[BasePolicy]) -> list[tuple[str, BasePolicy]]:
+    """Every policy once: the first of a kind bears its name, later ones add what differs from the first."""
+    firsts: dict[str, BasePolicy] = {}
+    found = []
+    for policy in dict.fromkeys(policies):
+        first = firsts.setdefault(policy.kind, policy)
+        changed = [f"{key}={value}" for key, value in policy if value != getattr(first, key)]
+        found.append(("-".join([policy.kind, *changed]), policy))
+    return found
+
+
+def quoted(points: Sequence[Point], budget: float) -> list[Point]:
+    """The points, with a headline for each policy: where it has none yet, the nearest in tokens to a budget.
+
+    Of points as near as each other the first; near as a ratio.
+    """
+    nearest = {
+        name: min(
+            (point for point in points if point.policy == name),
+            key=lambda point: (not point.headline, abs(math.log(point.tokens.mean() / budget))),
+        )
+        for name in dict.fromkeys(point.policy for point in points)
+    }
+    return [replace(point, headline=point is nearest[point.policy]) for point in points]
 
 
 def measure(
@@ -439,11 +481,22 @@ def fan_out_over(
 
 
 def _inputs(config: EvaluateConfig) -> tuple[str, ...]:
-    asked = not config.policies or any("router" in policy.stages for policy in config.policies)
+    asked = not config.policies or any("router" in policy.needs for policy in config.policies)
     return ("index", "proxy", "curate", *["router"] * asked, "tokenizer")
 
 
 def _check(config: EvaluateConfig, experiment: Any) -> Iterator[tuple[str, str]]:
+    model = experiment.tokenizer.model
+    space = AssignmentSpace(model.choices, model.blocks)
+    for place, policy in enumerate(config.policies):
+        for problem in policy.problems(space):
+            yield f"evaluate.policies.{place}", f"{policy.kind}: {problem}"
+    for name in config.sample_policies:
+        if name not in KINDS:
+            yield "evaluate.sample_policies", f"there is no policy {name!r}, only {', '.join(KINDS)}"
+    held_out = experiment.curate.clips.test
+    if config.frechet and config.frechet_clips is None and held_out < FEWEST_CLIPS:
+        yield "curate.clips.test", f"is {held_out}, but evaluate.frechet needs at least {FEWEST_CLIPS} clips"
     if config.frechet_clips is None:
         return
     if not config.frechet:
@@ -461,6 +514,7 @@ STAGE = Stage(
     inputs=_inputs,
     reads=("curate.reward",),
     outputs=("clips.parquet", "policies.json", "summary.json", "samples.json", "table/"),
+    version=2,
     check=_check,
     weights=lambda config: ["i3d"] if config.frechet else [],
 )

@@ -34,7 +34,7 @@ PLAYBACK_FPS = 8
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy at one value of its knob; ``headline``: the value that it is quoted at."""
+    """A policy at one value of its knob; ``headline``: the value that it is quoted at, if that is given."""
 
     name: str
     policy: BasePolicy

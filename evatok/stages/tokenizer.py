@@ -12,16 +12,8 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from evatok.assignment.policies import (
-    Evidence,
-    Policy,
-    RandomPolicy,
-    RouterPolicy,
-    Sources,
-    UniformPolicy,
-)
+from evatok.assignment.policies import Policy, RouterPolicy, Sources
 from evatok.assignment.space import AssignmentSpace
-from evatok.errors import UserError
 from evatok.models.layers import without_autocast
 from evatok.stages.reconstruction import (
     TokenizerTraining,
@@ -30,7 +22,7 @@ from evatok.stages.reconstruction import (
     tokenizer_problems,
     train_tokenizer,
 )
-from evatok.stages.sources import policy_sources
+from evatok.stages.sources import policy_problems, policy_sources, policy_stages
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.reconstruction import Assigner
 
@@ -63,18 +55,15 @@ class PolicyAssignments:
 def run(context: StageContext) -> dict[str, Any]:
     """Train under the policy's assignments; returns the last metrics."""
     config: TokenizerStageConfig = context.config
-    sources = policy_sources(context.inputs, config.model, context.experiment.curate)
+    space = AssignmentSpace(config.model.choices, config.model.blocks)
+    sources = policy_sources(context.inputs, context.experiment.curate, space, [config.policy])
     return train_tokenizer(context, config, PolicyAssignments(config.policy, sources))
 
 
 def _check(config: TokenizerStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
     yield from tokenizer_problems("tokenizer", config, experiment)
-    if isinstance(config.policy, (UniformPolicy, RandomPolicy)):
-        space = AssignmentSpace(config.model.choices, config.model.blocks)
-        try:
-            config.policy.assign(Evidence(torch.arange(1)), Sources(space))
-        except UserError as error:
-            yield "tokenizer.policy", str(error)
+    space = AssignmentSpace(config.model.choices, config.model.blocks)
+    yield from policy_problems("tokenizer.policy", config.policy, space)
     if experiment.proxy is None:
         return
     proxy = experiment.proxy.model
@@ -91,7 +80,7 @@ STAGE = Stage(
     name="tokenizer",
     config=TokenizerStageConfig,
     run=run,
-    inputs=lambda config: ("index", *config.policy.stages),
+    inputs=lambda config: ("index", *policy_stages(config.policy)),
     reads=("curate.reward",),
     outputs=("model/", "curves/"),
     version=2,

@@ -18,13 +18,14 @@ from pydantic import Field
 from torch import Tensor
 
 from evatok.assignment.policies import Policy, RouterPolicy, Sources, gather
+from evatok.assignment.space import AssignmentSpace
 from evatok.config import OPERATIONAL, Config
 from evatok.errors import UserError
 from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import VideoTokenizer
 from evatok.models.tokens import Tokens
 from evatok.stages.fanning import ClipReader, fan_out_models, write_rejected
-from evatok.stages.sources import policy_sources
+from evatok.stages.sources import policy_problems, policy_sources, policy_stages
 from evatok.stages.stage import Stage, StageContext
 from evatok.training.token_table import (
     ROWS,
@@ -187,10 +188,11 @@ def assemble(context: StageContext) -> Encoder:
     config: TokensConfig = context.config
     index = open_clips(context)
     tokenizer = VideoTokenizer.from_artifact(context.inputs["tokenizer"].location)
+    space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
     return Encoder(
         clips=ClipReader(index),
         tokenizer=tokenizer,
-        sources=policy_sources(context.inputs, tokenizer.config, context.experiment.curate),
+        sources=policy_sources(context.inputs, context.experiment.curate, space, [config.policy]),
         config=config,
         labels=tuple(index.labels()) if config.labels else (),
         seed=context.seed,
@@ -235,6 +237,8 @@ def _check(config: TokensConfig, experiment: Any) -> Iterator[tuple[str, str]]:
             "tokenizer.model.quantizer.kind",
             "residual_vq gives several codes per token, and a generator models one: take vq, fsq or lfq",
         )
+    space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
+    yield from policy_problems("tokens.policy", config.policy, space)
     if not config.condition:
         return
     given, depth = len(config.condition), tokenizer.patch[0]
@@ -265,7 +269,7 @@ STAGE = Stage(
     name="tokens",
     config=TokensConfig,
     run=run,
-    inputs=lambda config: ("index", *config.policy.stages, "tokenizer"),
+    inputs=lambda config: ("index", *policy_stages(config.policy), "tokenizer"),
     reads=("curate.reward",),
     outputs=(f"{ROWS}/", VOCABULARY, "rejected.parquet"),
     check=_check,

@@ -115,6 +115,28 @@ def test_best_is_the_argmax_with_a_real_tokenizer_and_little_memory(
     assert torch.equal(found.index, rewards.argmax(1))
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_best_searches_a_subtree_alone(make_table: Table, calibrated: bool) -> None:
+    tokenizer, clips = make_table(40)
+    space, metrics, weights = space_of(tokenizer), [load_quality("mse")], RewardWeights(1.2)
+    rewards, statistics = rewards_of(tokenizer, clips, "mse", weights)
+    inside = space.subtree((16, 32))
+    tree = PrefixTree(tokenizer, clips, space, metrics)
+    tree.grow_all()
+    known = []
+    for depth, loss in enumerate(tree.losses["mse"], 1):
+        below = 5 ** (4 - depth)
+        outside = torch.ones(loss.shape[1], dtype=torch.bool)
+        outside[inside.start // below : -(-inside.stop // below)] = False
+        known.append(loss.masked_fill(outside, torch.nan))
+    calibration = Calibration.measure(known, 5, inside.stop - 1) if calibrated else None
+    found = best(
+        tokenizer, clips, space, metrics, weights, statistics, prefix=(16, 32), calibration=calibration
+    )
+    assert torch.equal(found.index, inside.start + rewards[:, inside.start : inside.stop].argmax(1))
+    assert found.nodes.max() <= 2 + 5 + 25
+
+
 def test_ties_go_to_the_lowest_index(make_table: Table) -> None:
     tokenizer, clips = make_table(3)
     for losses in tokenizer.losses:

@@ -1,9 +1,13 @@
+import pyarrow as pa
 import pytest
 import torch
 
+from evatok.artifacts import Location
 from evatok.assignment.space import AssignmentSpace
-from evatok.benchmarks.search import Settings, assignment_operations, node_operations, run
+from evatok.benchmarks.search import Settings, assignment_operations, node_operations, run, spread
+from evatok.errors import UserError
 from evatok.models.tokenizer import TokenizerConfig
+from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, write_index
 
 
 def test_the_operations_of_a_path_are_those_of_its_assignment() -> None:
@@ -36,6 +40,7 @@ def test_the_benchmark_reports_every_key_it_promises() -> None:
             tokenizer=tiny,
             steps=2,
             clips=2,
+            agreement_clips=4,
             calibration_clips=2,
             large=tiny,
             large_prefix=(2,),
@@ -48,4 +53,23 @@ def test_the_benchmark_reports_every_key_it_promises() -> None:
         assert set(figures[name]) == keys
     assert figures["full"]["nodes"] == 3 + 9
     assert figures["full"]["agreement"] == figures["best_proven"]["agreement"] == 1
-    assert {"speedup", "counted_ratio"} <= set(figures["large_full"])
+    assert figures["agreement"]["clips"] == 4
+    assert figures["agreement"]["best_proven"] == 1
+    assert figures["large_full"]["nodes"] == 1 + 3
+    for name in ("large_full", "large_best_proven", "large_best_calibrated"):
+        assert set(figures[name]) == {"speedup", "counted_ratio", "nodes", "seconds"}
+        assert figures[name]["nodes"] <= 4
+
+
+def test_clips_are_drawn_evenly_over_the_videos_and_too_few_are_the_users_to_mend(tmp_path) -> None:
+    rows = [
+        {"clip_id": f"c{i}", "uri": f"v{i // 10}.mp4", "start": 0.0, "fps": 0.0, "frames": 8, "width": 32}
+        | {"height": 32, "split": "test"}
+        for i in range(40)
+    ]
+    place = Location.parse(tmp_path)
+    write_index(place, pa.Table.from_pylist(rows, SCHEMA), REJECTED_SCHEMA.empty_table())
+    index = ClipIndex.open(place)
+    assert {clip["uri"] for clip in spread(index, "test", 4)} == {f"v{i}.mp4" for i in range(4)}
+    with pytest.raises(UserError, match="has 40"):
+        spread(index, "test", 41)

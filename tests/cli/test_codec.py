@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,29 @@ def test_any_policy_can_assign(tiny_run: Path, video: str, tmp_path: Path) -> No
     tokens = tmp_path / "tokens.safetensors"
     policy = ["--policy", "{kind: uniform, count: 4}"]
     assert main(["encode", str(tiny_run), video, *policy, "--output", str(tokens)]) == 0
+    assert (Tokens.load(tokens).lengths == 4).all()
+
+
+def test_only_what_the_policy_draws_on_must_be_there(
+    tiny_run: Path, video: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = tmp_path / "tiny"
+    for name in ("tokenizer", "router"):
+        shutil.copytree(tiny_run / name, shared / name)
+    shutil.copy(tiny_run / "experiment.yaml", shared)
+    for words in ([], ["--budget", "20"], ["--policy", "{kind: uniform, count: 4}"]):
+        assert main(["encode", str(shared), video, *words, "--output", str(tmp_path / "t.safetensors")]) == 0
+    for policy, stage in (("oracle", "proxy"), ("static", "curate")):
+        assert main(["encode", str(shared), video, "--policy", policy]) == 2
+        assert f"run the {stage} stage" in capsys.readouterr().err
+
+
+def test_the_policy_of_the_training_assigns_where_none_is_named(
+    tiny_run: Path, video: str, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens.safetensors"
+    words = ["--set", "tokenizer.policy={kind: uniform, count: 4}", "--output", str(tokens)]
+    assert main(["encode", str(tiny_run), video, *words]) == 0
     assert (Tokens.load(tokens).lengths == 4).all()
 
 

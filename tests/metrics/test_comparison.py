@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,14 @@ def test_the_percentile_is_a_ratio_of_expectations(comparison, summary):
     assert interval["low"] < expected < interval["high"]
 
 
+def test_the_regret_of_half_and_of_nine_in_ten_clips_is_bounded_by_its_quantiles(comparison, summary):
+    router = comparison.points[-1]
+    regret = np.sort(comparison.best - router.reward)
+    found = summary["policies"]["router"]["regret"]
+    assert regret[29] <= found["median"] <= regret[30]
+    assert regret[53] <= found["90"] <= regret[54]
+
+
 def test_the_headline_names_the_best_uniform_and_whether_more_tokens_help(comparison, summary):
     head = summary["headline"]
     uniforms = [p for p in comparison.points if p.policy == "uniform"]
@@ -95,6 +104,30 @@ def test_the_single_point_figure_takes_the_uniform_of_nearest_quality(summary):
     single = summary["headline"]["single_point"]
     assert single["reference"] == "16"  # the router's quality at 32 tokens is uniform's at 64
     assert single["tokens_percent"] == pytest.approx(-50)
+
+
+@pytest.mark.parametrize(("ease", "reference"), [(1.9, "8"), (2.1, "16"), (1.0, None)])
+def test_the_single_point_figure_takes_no_uniform_that_is_better(comparison, ease, reference):
+    # The router has the quality of uniform at ``ease`` times its 32 tokens.
+    uniforms = [point for point in comparison.points if point.policy == "uniform"]
+    difficulty = uniforms[0].quality["dssim"] * np.sqrt(uniforms[0].tokens)
+    router = point("router", np.full((CLIPS, 4), 8), difficulty / np.sqrt(ease))
+    found = replace(comparison, points=[*uniforms[bool(reference is None) :], router]).summary()
+    single = found["headline"]["single_point"]
+    assert (single and single["reference"]) == reference
+
+
+def test_a_saving_at_the_setting_is_that_at_its_own_quality_and_not_along_the_curve(comparison):
+    # Twice as good as uniform at the setting that is quoted, no better anywhere else.
+    uniforms = [point for point in comparison.points if point.policy == "uniform"]
+    difficulty = uniforms[0].quality["dssim"] * np.sqrt(uniforms[0].tokens)
+    router = [
+        point("router", np.full((CLIPS, 4), k), difficulty / (1.414214 if k == 16 else 1), headline=k == 16)
+        for k in CHOICES
+    ]
+    entry = replace(comparison, points=[*uniforms, *router]).summary()["policies"]["router"]
+    assert entry["token_saving_at_setting_vs_uniform"]["value"] == pytest.approx(50, abs=1e-3)
+    assert entry["token_saving_vs_uniform"]["value"] < 45
 
 
 def test_every_point_has_means_and_intervals_and_all_is_json(comparison, summary):

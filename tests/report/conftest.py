@@ -231,6 +231,7 @@ def _summary(policies: dict) -> dict:
         value = 10.0 * len(name) - 50
         entry["token_saving_vs_uniform"] = {"value": value, "low": value - 6, "high": value + 5}
         entry["token_saving_vs_static"] = {"value": value - 20, "low": value - 28, "high": value - 12}
+        entry["token_saving_at_setting_vs_static"] = {"value": 4.0, "low": -3.0, "high": 11.0}
         percentile = entry["reward_percentile"]
         entry["reward_percentile_interval"] = {
             "value": percentile,
@@ -245,6 +246,7 @@ def _summary(policies: dict) -> dict:
         "headline": {
             "best_uniform": {
                 "label": best["label"],
+                "tokens": best["mean_tokens"],
                 "reward": best["reward"],
                 "reward_percentile": best["reward_percentile"],
             },

@@ -152,3 +152,11 @@ def test_drawing_a_report_needs_neither_torch_nor_ray():
 )
 def test_durations_read_as_people_say_them(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_tile_shows_what_the_router_saves_where_it_is_quoted_and_not_along_its_curve(fabricated_run):
+    page = render(fabricated_run)
+    tile = re.search(r"tokens saved against static</span><strong>(.*?)</strong>.*?equal DSSIM", page)
+    assert tile
+    assert tile[1] == "4 %"
+    assert re.search(r"with [\d.]+ tokens; best uniform \(\d+, [\d.]+ tokens\)", page)

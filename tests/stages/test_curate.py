@@ -3,6 +3,7 @@ import os
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -353,6 +354,16 @@ def test_reward_must_take_a_recorded_metric_and_changes_nothing_that_is_made():
     assert next(iter(STAGE.check(config, None)))[0] == "curate.reward.quality"
     other = CONFIG.model_copy(update={"reward": CONFIG.reward.model_copy(update={"w_q": 0.4})})
     assert identity(other) == identity(CONFIG)
+
+
+@pytest.mark.parametrize(("frames", "refused"), [(24, False), (32, True)])
+def test_more_assignments_than_can_be_scored_are_refused_before_anything_starts(frames, refused):
+    model = TokenizerConfig(frames=frames)
+    found = dict(STAGE.check(CurateConfig(), SimpleNamespace(proxy=SimpleNamespace(model=model))))
+    assert bool(found) == refused
+    if refused:
+        assert "390,625" in found["proxy.model"]
+        assert "20,000" in found["proxy.model"]
 
 
 def test_pandas_reads_the_table_in_one_line(curated):

@@ -166,6 +166,50 @@ def test_every_policy_and_setting_has_a_row_for_every_held_out_clip(evaluated):
             assert point["dssim"] == pytest.approx(np.mean([r["dssim"] for r in rows]))
 
 
+def test_policies_without_a_setting_of_their_own_are_quoted_nearest_to_the_tokens_of_static(evaluated):
+    location = evaluated[0]
+    found = location.read_json("policies.json")
+    (static,) = {sum(row["assignment"]) for row in rows_of(location, policy="static", headline=True)}
+    assert found["budget"] == location.read_json("summary.json")["budget"] == static
+    for name in ("uniform", "random", "ilp", "information", "difference", "threshold", "recurrent"):
+        points = found["policies"][name]["points"]
+        gap = {point["label"]: abs(np.log(point["mean_tokens"] / static)) for point in points}
+        (shown,) = (point["label"] for point in points if point["headline"])
+        assert gap[shown] == min(gap.values()), name
+    for name in ("static", "oracle", "router"):
+        (quoted,) = (point for point in found["policies"][name]["points"] if point["headline"])
+        assert quoted["knob"] == (0 if name == "router" else CURATE.reward.w_q)
+
+
+def test_settings_that_are_asked_for_are_quoted_and_two_of_a_kind_are_told_apart(
+    in_process, inputs, tmp_path
+):
+    chosen = [{"kind": "uniform", "count": 4}, {"kind": "uniform", "count": 1}, {"kind": "ilp", "budget": 7}]
+    where = context(inputs, tmp_path, policies=chosen)
+    with in_process():
+        run(where)
+    summary = where.location.read_json("summary.json")["policies"]
+    tokens = {name: entry["mean_tokens"] for name, entry in summary.items()}
+    assert tokens == {"uniform": 8, "uniform-count=1": 2, "ilp": 7}
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "said"),
+    [
+        ({"sample_policies": ["rooter"]}, "evaluate.sample_policies", "router"),
+        ({"frechet": True}, "curate.clips.test", "is 3, but evaluate.frechet needs at least 4"),
+        ({"policies": [{"kind": "oracle"}, {"kind": "ilp", "budget": 1}]}, "evaluate.policies.1", "takes, 2"),
+    ],
+)
+def test_policies_that_cannot_be_are_named_before_anything_starts(config, key, said):
+    experiment = SimpleNamespace(
+        tokenizer=SimpleNamespace(model=TINY), curate=CurateConfig(clips={"test": 3})
+    )
+    (found,) = STAGE.check(EvaluateConfig(**config), experiment)
+    assert found[0] == key
+    assert said in found[1]
+
+
 def test_qualities_are_those_of_reconstructing_with_each_tokenizer(evaluated, inputs):
     metric = load_quality("dssim")
     index = ClipIndex.open(inputs["index"].location)
@@ -309,6 +353,17 @@ def test_one_clip_of_each_video_is_drawn_from_the_split_and_the_part(tmp_path):
     assert len({tuple(draw(index, FrechetClips(count=2), seed)) for seed in range(9)}) > 1
     with pytest.raises(UserError, match="has 1 such clips"):
         draw(index, FrechetClips(split="test"), 0)
+
+
+def test_too_few_held_out_clips_for_a_frechet_distance_are_the_users_to_mend(inputs, tmp_path):
+    table = inputs["curate"].location.read_table("table")
+    train = pa.compute.equal(table["split"], "train")
+    kept = pa.concat_tables([table.filter(train), table.filter(pa.compute.invert(train)).slice(0, 3)])
+    folder = Location.parse(tmp_path)
+    (folder / "curate").write_table("table/0.parquet", kept)
+    changed = {**inputs, "curate": Artifact(folder / "curate", inputs["curate"].manifest)}
+    with pytest.raises(UserError, match="at least 4 held-out clips, and curate has 3"):
+        run(context(changed, tmp_path / "evaluate", frechet=True))
 
 
 def test_without_held_out_clips_it_says_what_to_change(inputs, tmp_path):

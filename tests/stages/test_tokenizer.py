@@ -41,6 +41,32 @@ def test_a_clip_is_assigned_the_same_tokens_under_autocast() -> None:
         assert torch.equal(assign(clips, torch.arange(64)), exact)
 
 
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"kind": "uniform", "count": 100}, "uniform: count 100 is not among the token choices"),
+        ({"kind": "budgeted", "budget": 50}, "below the least a clip takes, 64"),
+        ({"kind": "random", "tokens": 9}, "clips take 64 to 1024"),
+        ({"kind": "ilp", "budget": 300}, "take another policy"),
+        ({"kind": "information", "rate": 0.5, "scope": "set"}, "take scope: clip"),
+        ({"kind": "budgeted", "budget": 300, "scope": "batch"}, "take scope: clip"),
+        ({"kind": "information", "rate": 0.5}, None),
+    ],
+)
+def test_a_policy_that_cannot_assign_batch_by_batch_is_refused_before_anything_starts(
+    policy: dict[str, Any], message: str | None
+) -> None:
+    config = TokenizerStageConfig.model_validate(
+        {"model": {"frames": 8}, "policy": policy, "train": {"steps": 1, "global_batch": 2}}
+    )
+    experiment = SimpleNamespace(resources=SimpleNamespace(workers=1), proxy=None)
+    found = dict(tokenizer.STAGE.check(config, experiment))
+    if message is None:
+        assert found == {}
+    else:
+        assert message in found["tokenizer.policy"]
+
+
 def problems(losses: dict[str, Any], **model: Any) -> dict[str, str]:
     given = {"model": {"frames": 8} | model, "losses": losses, "train": {"steps": 1, "global_batch": 2}}
     experiment = SimpleNamespace(resources=SimpleNamespace(workers=1), proxy=None)

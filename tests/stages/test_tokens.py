@@ -147,6 +147,8 @@ def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, mon
         ({"condition": [4, 4, 4], "given_frames": 9}, "tokens.condition"),
         ({"condition": [4, 1], "given_frames": 4}, "tokens.given_frames"),
         ({"condition": [4], "given_frames": 3, "policy": {"kind": "oracle"}}, "tokens.policy"),
+        ({"policy": {"kind": "budgeted", "budget": 9, "scope": "batch"}}, "tokens.policy"),
+        ({"policy": {"kind": "uniform", "count": 3}}, "tokens.policy"),
     ],
 )
 def test_settings_that_do_not_fit_the_tokenizer_are_named_before_anything_runs(config, key):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -17,7 +18,6 @@ from evatok.assignment.policies.measured import MeasuringPolicy
 from evatok.assignment.policies.policy import BasePolicy, Evidence, Sources
 from evatok.assignment.search.tree import Nodes, PrefixTree
 from evatok.assignment.space import AssignmentSpace
-from evatok.errors import UserError
 
 
 class IlpPolicy(MeasuringPolicy):
@@ -28,12 +28,18 @@ class IlpPolicy(MeasuringPolicy):
     """
 
     kind: Literal["ilp"] = "ilp"
-    whole_set: ClassVar[bool] = True
     budget: float = Field(gt=0, description="mean total tokens of a clip")
 
     @property
     def knob(self) -> str:
         return "budget"
+
+    @property
+    def whole_set(self) -> bool:
+        return True
+
+    def problems(self, space: AssignmentSpace) -> Iterator[str]:
+        yield from unaffordable(self.budget, space)
 
     def measure(self, tree: PrefixTree, sources: Sources) -> None:
         m = len(sources.space.choices)
@@ -48,7 +54,7 @@ class IlpPolicy(MeasuringPolicy):
         m = len(space.choices)
         # The children of the all-maximum node are the last m nodes of their depth.
         losses = torch.stack([loss[:, -m:] for loss in self.losses(evidence)], 1)  # [B, T, m]
-        total = affordable(self.budget, len(losses), space, self.kind)
+        total = whole_tokens(self.budget, len(losses))
         chosen = spend(-losses.flatten(0, 1), torch.tensor(space.choices), total, exactly=True)
         return torch.tensor(space.choices)[chosen].view(-1, space.blocks)
 
@@ -99,6 +105,10 @@ class InformationPolicy(RatePolicy, MeasuringPolicy):
         "clip", description="share out over the blocks of each clip, or of all clips"
     )
 
+    @property
+    def whole_set(self) -> bool:
+        return self.scope == "set"
+
     def measure(self, tree: PrefixTree, sources: Sources) -> None:
         m = len(sources.space.choices)
 
@@ -128,30 +138,33 @@ def budgets(space: AssignmentSpace) -> list[float]:
     return [float(round(budget)) for budget in np.geomspace(*extremes(space), 9)]
 
 
-def affordable(budget: float, clips: int, space: AssignmentSpace, kind: str) -> int:
-    """The tokens that ``clips`` clips may take in all; UserError if that is less than they need."""
-    total = math.floor(budget * clips + 1e-6)
-    if total < clips * extremes(space)[0]:
-        least = extremes(space)[0]
-        raise UserError(
-            f"policy {kind}: a budget of {budget} tokens is below the least a clip takes, {least}"
-        )
-    return total
+def unaffordable(budget: float, space: AssignmentSpace) -> Iterator[str]:
+    """The problem that no clip is as short as a budget, if so."""
+    least = extremes(space)[0]
+    if budget < least:
+        yield f"a budget of {budget:g} tokens is below the least a clip takes, {least}"
+
+
+def whole_tokens(budget: float, clips: int) -> int:
+    """The tokens that ``clips`` clips may take in all."""
+    return math.floor(budget * clips + 1e-6)
 
 
 def spend(values: Tensor, tokens: Tensor, budget: int, *, exactly: bool) -> Tensor:
     """One option for each of G groups with the highest sum of values under a budget: int64 [G].
 
-    values: [G, n]; tokens: int64 [n], what option i costs in any group. ``exactly`` spends the largest
-    amount up to the budget that options can add up to, otherwise at most the budget is spent. Solved to
-    optimality as an integer program (multiple-choice knapsack).
+    values: [G, n], minus infinity where a group may not take an option; tokens: int64 [n], what option i
+    costs in any group. ``exactly`` spends the largest amount up to the budget that options can add up to,
+    otherwise at most the budget is spent. Solved to optimality as an integer program (multiple-choice
+    knapsack).
     """
     groups, options = values.shape
     lowest = budget = min(budget, groups * int(tokens.max()))
     if exactly:
         lowest = budget = largest_sum(tokens.tolist(), groups, budget)
     values = values.double()
-    regret = (values.amax(1, keepdim=True) - values).flatten().numpy()
+    allowed = values.isfinite().flatten()
+    regret = (values.amax(1, keepdim=True) - values).flatten().where(allowed, 0.0).numpy()
     variables = np.arange(groups * options)
     ones = np.ones(groups * options)
     one_each = coo_array((ones, (variables // options, variables)))
@@ -159,7 +172,7 @@ def spend(values: Tensor, tokens: Tensor, budget: int, *, exactly: bool) -> Tens
     solution = milp(
         regret,
         integrality=ones,
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, allowed.double().numpy()),
         constraints=LinearConstraint(
             vstack([one_each, cost]),
             np.append(np.ones(groups), lowest if exactly else 0),

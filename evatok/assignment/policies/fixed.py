@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch import Tensor
 from evatok.assignment.policies.policy import BasePolicy, Evidence, Sources, WeightedPolicy
 from evatok.assignment.reward import reward
 from evatok.assignment.space import AssignmentSpace, hashed
-from evatok.errors import UserError
 
 
 class UniformPolicy(BasePolicy):
@@ -28,11 +28,11 @@ class UniformPolicy(BasePolicy):
     def knob(self) -> str:
         return "count"
 
+    def problems(self, space: AssignmentSpace) -> Iterator[str]:
+        if self.count not in space.choices:
+            yield f"count {self.count} is not among the token choices {list(space.choices)}"
+
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
-        if self.count not in sources.space.choices:
-            raise UserError(
-                f"policy uniform: count {self.count} is not among the token choices {sources.space.choices}"
-            )
         return torch.full((len(evidence.positions), sources.space.blocks), self.count)
 
     def sweep(self, sources: Sources) -> list[BasePolicy]:
@@ -46,10 +46,7 @@ class StaticPolicy(WeightedPolicy):
     """
 
     kind: Literal["static"] = "static"
-    stages: ClassVar[tuple[str, ...]] = ("proxy", "curate")
-
-    def missing(self, sources: Sources) -> list[str]:
-        return ["training table"] * (sources.training_quality is None or sources.statistics is None)
+    needs: ClassVar[tuple[str, ...]] = ("training table", "statistics")
 
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
         self.require(sources)
@@ -81,6 +78,11 @@ class RandomPolicy(BasePolicy):
     def knob(self) -> str:
         return "tokens"
 
+    def problems(self, space: AssignmentSpace) -> Iterator[str]:
+        lowest, highest = extremes(space)
+        if not lowest < self.tokens < highest:
+            yield f"a mean of {self.tokens} tokens is impossible, clips take {lowest} to {highest}"
+
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
         space = sources.space
         probabilities = tilted(space, self.tokens)
@@ -104,11 +106,7 @@ def extremes(space: AssignmentSpace) -> tuple[int, int]:
 
 def tilted(space: AssignmentSpace, tokens: float) -> NDArray[np.float64]:
     """Probabilities [m] of the choices: mean ``tokens / blocks``, highest entropy (an exponential tilt)."""
-    lowest, highest = extremes(space)
-    if not lowest < tokens < highest:
-        raise UserError(
-            f"policy random: a mean of {tokens} tokens is impossible, clips take {lowest} to {highest}"
-        )
+    highest = extremes(space)[1]
     share = np.array(space.choices, dtype=np.float64) / space.choices[-1]
 
     def probabilities(tilt: float) -> NDArray[np.float64]:

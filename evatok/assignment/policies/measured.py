@@ -19,7 +19,7 @@ from evatok.errors import UserError
 class MeasuringPolicy(BasePolicy):
     """What these policies share: the proxy's losses, and the name of their metric."""
 
-    stages: ClassVar[tuple[str, ...]] = ("proxy", "curate")
+    needs: ClassVar[tuple[str, ...]] = ("proxy",)
     reads_losses: ClassVar[bool] = True
 
     @staticmethod
@@ -39,8 +39,7 @@ class MeasuringPolicy(BasePolicy):
 class RewardPolicy(MeasuringPolicy, WeightedPolicy):
     """Policies that weigh the measured quality against tokens."""
 
-    def missing(self, sources: Sources) -> list[str]:
-        return super().missing(sources) + ["statistics"] * (sources.statistics is None)
+    needs: ClassVar[tuple[str, ...]] = ("proxy", "statistics")
 
     def statistics(self, sources: Sources) -> RewardStatistics:
         """The z-scores' statistics; UserError without them."""
@@ -112,7 +111,7 @@ class LimitPolicy(MeasuringPolicy):
                 f"policy {self.kind}: its sweep needs the reward statistics; run the curate stage"
             )
         mean, std = sources.statistics.quality_mean, sources.statistics.quality_std
-        limits = [float(f"{mean + float(z) * std:.6g}") for z in np.linspace(-2, 2, 9)]
+        limits = [float(f"{mean + float(z) * std:.6g}") for z in np.linspace(-2, 2, 17)]
         return [self.model_copy(update={"limit": limit}) for limit in limits]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -99,12 +99,12 @@ class BasePolicy(Config):
     """A policy by its settings. Subclasses have a ``kind`` and one field that moves their mean tokens."""
 
     kind: str
-    stages: ClassVar[tuple[str, ...]] = ()
-    """Stages of a run that what it assigns comes of."""
-    whole_set: ClassVar[bool] = False
-    """Assigns the clips of a set jointly, so that the result depends on which clips are in it."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """The sources that ``assign`` and ``observe`` draw on, by their names in the remedies below."""
     oracle: ClassVar[bool] = False
     """Knows the outcome that it is judged by; a bound for the others, not a rival."""
+    weighs: ClassVar[bool] = False
+    """Trades quality for tokens as the run's reward does, so that it has a setting of its own."""
     reads_losses: ClassVar[bool] = False
     reads_change: ClassVar[bool] = False
 
@@ -112,6 +112,15 @@ class BasePolicy(Config):
     def knob(self) -> str:
         """Name of the field that moves the mean tokens."""
         raise NotImplementedError
+
+    @property
+    def whole_set(self) -> bool:
+        """Assigns the clips of a set jointly, so that the result depends on which clips are in it."""
+        return False
+
+    def problems(self, space: AssignmentSpace) -> Iterator[str]:
+        """What is wrong with the settings for these assignments, and what is allowed."""
+        yield from ()
 
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
         """int64 [B, T] token counts on the CPU, from evidence that was gathered for this policy."""
@@ -134,15 +143,21 @@ class BasePolicy(Config):
         tree.grow_all()
 
     def require(self, sources: Sources) -> None:
-        """Raise UserError when the sources lack what this policy draws on."""
+        """Raise UserError where a setting is impossible, or the sources lack what this policy draws on."""
+        for problem in self.problems(sources.space):
+            raise UserError(f"policy {self.kind}: {problem}")
         for name in self.missing(sources):
             raise UserError(f"policy {self.kind}: there is no {name} here; {_REMEDY[name]}")
 
     def missing(self, sources: Sources) -> list[str]:
         """Names of the sources that this policy draws on and that are not there."""
-        needed = ["proxy"] * self.reads_losses + ["router"] * bool(self.score_weights(sources))
-        present = {"proxy": sources.tokenizer and sources.metric, "router": sources.router}
-        return [name for name in needed if not present[name]]
+        there = {
+            "proxy": sources.tokenizer is not None and sources.metric is not None,
+            "router": sources.router is not None,
+            "training table": sources.training_quality is not None,
+            "statistics": sources.statistics is not None,
+        }
+        return [name for name in self.needs if not there[name]]
 
     def observe(self, clips: Tensor, positions: Tensor, sources: Sources) -> Evidence:
         """What this policy reads of the clips; measures no more than it needs. UserError as in ``require``.
@@ -166,6 +181,7 @@ class BasePolicy(Config):
 class WeightedPolicy(BasePolicy):
     """Policies that weigh quality against tokens as the reward does."""
 
+    weighs: ClassVar[bool] = True
     w_q: float | None = Field(None, ge=0, le=2, description="reward weight of quality; none: the run's")
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from evatok.assignment.policies.budget import affordable, budgets, spend
+from evatok.assignment.policies.budget import budgets, spend, unaffordable, whole_tokens
 from evatok.assignment.policies.policy import WEIGHTS, BasePolicy, Evidence, Sources
 from evatok.assignment.space import AssignmentSpace
 
@@ -18,8 +19,7 @@ _PRICES = (8.0, 4.0, 2.0, 1.0, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -4.0, -8
 class AskingPolicy(BasePolicy):
     """Policies that follow the router's scores, and a conditioned router's at a weight of quality."""
 
-    stages: ClassVar[tuple[str, ...]] = ("proxy", "curate", "router")
-
+    needs: ClassVar[tuple[str, ...]] = ("router",)
     w_q: float | None = Field(
         None, ge=0, le=2, description="reward weight of quality, for a conditioned router; none: the run's"
     )
@@ -41,6 +41,7 @@ class RouterPolicy(AskingPolicy):
     """
 
     kind: Literal["router"] = "router"
+    weighs: ClassVar[bool] = True
     price: float = Field(0.0, description="log-probability that one standard deviation of length costs")
 
     @property
@@ -70,13 +71,19 @@ class BudgetedPolicy(AskingPolicy):
     def knob(self) -> str:
         return "budget"
 
+    @property
+    def whole_set(self) -> bool:
+        return self.scope == "batch"
+
+    def problems(self, space: AssignmentSpace) -> Iterator[str]:
+        yield from unaffordable(self.budget, space)
+
     def assign(self, evidence: Evidence, sources: Sources) -> Tensor:
         scores, space = evidence.scores[self.w_q], sources.space
         if self.scope == "clip":
-            most = affordable(self.budget, 1, space, self.kind)
-            return space.assignment(scores.masked_fill(space.totals() > most, -torch.inf).argmax(1))
+            return space.assignment(scores.masked_fill(space.totals() > self.budget, -torch.inf).argmax(1))
         best, index, lengths = _best_of_each_length(scores, space)
-        chosen = spend(best, lengths, affordable(self.budget, len(scores), space, self.kind), exactly=False)
+        chosen = spend(best, lengths, whole_tokens(self.budget, len(scores)), exactly=False)
         return space.assignment(index.gather(1, chosen[:, None]).squeeze(1))
 
     def sweep(self, sources: Sources) -> list[BasePolicy]:

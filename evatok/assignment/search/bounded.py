@@ -18,7 +18,7 @@ from evatok.models.tokenizer import VideoTokenizer
 
 @dataclass(frozen=True)
 class Calibration:
-    """How low a block's loss may fall, as a share of the clip's own loss under the all-maximum assignment.
+    """How low a block's loss may fall, as a share of the clip's own loss under the longest assignment.
 
     ``ratio[t][i]``: the lowest ratio seen for block t with choice i, whatever the blocks before it had. A
     bound learnt from examples and not a proven one, so its agreement with brute force has to be measured.
@@ -27,11 +27,14 @@ class Calibration:
     ratio: tuple[tuple[float, ...], ...]
 
     @classmethod
-    def measure(cls, losses: Sequence[Tensor], choices: int) -> Calibration:
-        """From complete block losses, per depth t [N, choices ** (t + 1)] as in ``PrefixTree.losses``."""
+    def measure(cls, losses: Sequence[Tensor], choices: int, longest: int = -1) -> Calibration:
+        """From the block losses of a whole tree or subtree, per depth t [N, choices ** (t + 1)] as in
+        ``PrefixTree.losses``; ``longest``: index of the subtree's longest assignment.
+        """
         ratio = []
-        for loss in losses:
-            own_choice = (loss / loss[:, -1:].clamp(min=1e-12)).unflatten(1, (-1, choices))
+        for depth, loss in enumerate(losses, 1):
+            unit = loss[:, longest // choices ** (len(losses) - depth), None].clamp(min=1e-12)
+            own_choice = (loss / unit).nan_to_num(nan=torch.inf).unflatten(1, (-1, choices))
             ratio.append(tuple(own_choice.amin((0, 1)).tolist()))
         return cls(tuple(ratio))
 
@@ -65,6 +68,7 @@ def best(
     weights: RewardWeights,
     statistics: RewardStatistics,
     *,
+    prefix: Sequence[int] = (),
     calibration: Calibration | None = None,
     incumbent: Tensor | None = None,
     memory: int = MEMORY,
@@ -72,16 +76,18 @@ def best(
     """The assignment with the highest reward of each clip, ties to the lowest index.
 
     The reward is that of the first metric; the others are recorded beside it. clips: uint8 or float in
-    [0, 1], [B, C, F, H, W] on the tokenizer's device. Without ``calibration`` the bound is proven (a block
-    not yet decoded loses nothing) and the result is the brute-force argmax. incumbent: a first guess int64
-    [B, T], of a router or the best static assignment; without one the search dives along the best bound.
+    [0, 1], [B, C, F, H, W] on the tokenizer's device. prefix: token counts of the first blocks; only the
+    assignments that begin with them are searched, and calibration and incumbent are of those. Without
+    ``calibration`` the bound is proven (a block not yet decoded loses nothing) and the result is the
+    brute-force argmax. incumbent: a first guess int64 [B, T], of a router or the best static assignment;
+    without one the search dives along the best bound.
     """
     parts = []
     size = nodes_at_once(tokenizer, memory)
     for start in range(0, clips.shape[0], size):
         rows = slice(start, start + size)
         tree = PrefixTree(tokenizer, clips[rows], space, metrics, memory)
-        search = _Bounded(tree, metrics[0].name, weights, statistics)
+        search = _Bounded(tree, metrics[0].name, weights, statistics, space.subtree(prefix))
         guess = None if incumbent is None else space.index(incumbent[rows]).to(clips.device)
         parts.append(search.run(calibration, guess))
     return BestResult(
@@ -95,16 +101,22 @@ def best(
 
 def grow_to_best(tree: PrefixTree, metric: str, weights: RewardWeights, statistics: RewardStatistics) -> None:
     """Evaluate no more of the tree than the proven best assignment of each clip takes."""
-    _Bounded(tree, metric, weights, statistics).run(None, None)
+    _Bounded(tree, metric, weights, statistics, tree.space.subtree(())).run(None, None)
 
 
 class _Bounded:
     """One batch of clips, all advanced together so that pruning leaves the calls full."""
 
     def __init__(
-        self, tree: PrefixTree, metric: str, weights: RewardWeights, statistics: RewardStatistics
+        self,
+        tree: PrefixTree,
+        metric: str,
+        weights: RewardWeights,
+        statistics: RewardStatistics,
+        subtree: range,
     ) -> None:
         self.tree = tree
+        self.subtree = subtree
         self.space = tree.space
         self.metric = metric
         self.losses = tree.losses[metric]
@@ -135,15 +147,17 @@ class _Bounded:
         )
 
     def _calibrate(self, calibration: Calibration) -> None:
-        """Pay the all-maximum path of every clip and take its losses as the unit of the bound."""
+        """Pay the longest path of every clip and take its losses as the unit of the bound."""
         if len(calibration.ratio) != self.space.blocks or len(calibration.ratio[0]) != self.choices:
             raise UserError(
                 f"the calibration has {len(calibration.ratio)} blocks of {len(calibration.ratio[0])} choices,"
                 f" the space has {self.space.blocks} of {self.choices}: calibrate with this proxy"
             )
-        self._walk(torch.full_like(self.losses[0][:, 0], self.space.size - 1, dtype=torch.int64))
-        for least, loss, ratio in zip(self.least, self.losses, calibration.ratio):
-            per_choice = loss[:, -1:] * torch.tensor(ratio, dtype=loss.dtype, device=loss.device)
+        longest = self.subtree.stop - 1
+        self._walk(torch.full_like(self.losses[0][:, 0], longest, dtype=torch.int64))
+        for depth, (least, loss, ratio) in enumerate(zip(self.least, self.losses, calibration.ratio), 1):
+            unit = loss[:, longest // self.choices ** (self.space.blocks - depth), None]
+            per_choice = unit * torch.tensor(ratio, dtype=loss.dtype, device=loss.device)
             least.copy_(per_choice.repeat(1, least.shape[1] // self.choices))
 
     def _walk(self, index: Tensor) -> None:
@@ -162,7 +176,7 @@ class _Bounded:
 
             def below(nodes: Nodes, depth: int = depth, node: Tensor = node) -> Tensor:
                 here = (nodes.prefix == node[nodes.clip]) & (nodes.depth == depth)
-                return here[:, None] & ~self._known(nodes)
+                return here[:, None] & self._bounds(nodes).isfinite() & ~self._known(nodes)
 
             self.tree.grow(below, keep=True)
             bounds = self._rewards().unflatten(
@@ -172,17 +186,25 @@ class _Bounded:
 
     def _promising(self, nodes: Nodes) -> Tensor:
         """Children not yet evaluated whose bound is not below the best leaf so far."""
-        rewards = self._rewards()
-        found = rewards.masked_fill(~self._seen(self.space.blocks - 1), -torch.inf).amax(1)
-        bounds = rewards.unflatten(1, (self.choices ** (nodes.depth + 1), -1)).amax(-1)
+        found = self._rewards().masked_fill(~self._seen(self.space.blocks - 1), -torch.inf).amax(1)
+        return self._bounds(nodes).ge(found[nodes.clip, None]) & ~self._known(nodes)
+
+    def _bounds(self, nodes: Nodes) -> Tensor:
+        """[N, m]: the most that any assignment below each child can be worth."""
+        bounds = self._rewards().unflatten(1, (self.choices ** (nodes.depth + 1), -1)).amax(-1)
         bound: Tensor = bounds[nodes.clip[:, None], self._children(nodes)]
-        return bound.ge(found[nodes.clip, None]) & ~self._known(nodes)
+        return bound
 
     def _rewards(self) -> Tensor:
-        """[B, size]: the reward of every assignment, or the most it can be as far as is known."""
+        """[B, size]: the reward of every assignment, or the most it can be as far as is known; minus infinity
+        outside the subtree.
+        """
         optimistic = [torch.where(loss.isnan(), least, loss) for loss, least in zip(self.losses, self.least)]
         quality = clip_quality(leaf_losses(optimistic), self.metric)
-        return reward(quality, self.totals, self.metric, self.weights, self.statistics)
+        rewards = reward(quality, self.totals, self.metric, self.weights, self.statistics)
+        rewards[:, : self.subtree.start] = -torch.inf
+        rewards[:, self.subtree.stop :] = -torch.inf
+        return rewards
 
     def _seen(self, depth: int) -> Tensor:
         return ~self.losses[depth].isnan()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from evatok.assignment.policies import (
+    BasePolicy,
     BudgetedPolicy,
     DifferencePolicy,
     Evidence,
@@ -50,14 +51,15 @@ def test_ilp_meets_the_budget_of_a_batch_exactly() -> None:
         assert int(assignment.sum()) == int(budget * 32) // 32 * 32
 
 
-def test_a_budget_below_the_shortest_assignment_is_refused() -> None:
-    evidence = Evidence(torch.arange(2), losses=[torch.rand(2, 5 ** (t + 1)) for t in range(4)])
-    with pytest.raises(UserError, match="128"):
-        IlpPolicy(budget=127).assign(evidence, Sources(SPACE))
-    with pytest.raises(UserError, match="128"):
-        BudgetedPolicy(budget=127).assign(
-            Evidence(torch.arange(2), scores={None: torch.rand(2, 625)}), Sources(SPACE)
-        )
+@pytest.mark.parametrize("policy", [IlpPolicy(budget=127), BudgetedPolicy(budget=127)])
+def test_a_budget_below_the_shortest_assignment_is_refused(policy: BasePolicy) -> None:
+    with pytest.raises(UserError, match=f"{policy.kind}: a budget of 127 tokens .* 128"):
+        policy.bind(Sources(SPACE))
+
+
+def test_options_that_a_group_may_not_take_are_left_out() -> None:
+    values = torch.tensor([[-torch.inf, 3.0, 9.0], [1.0, -torch.inf, 2.0]])
+    assert spend(values, torch.tensor([1, 2, 4]), 4, exactly=False).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("scope", ["clip", "batch"])

@@ -1,0 +1,54 @@
+"""The searches on real clips, with a proxy that was trained."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from evatok.assignment.reward import RewardStatistics, RewardWeights, reward
+from evatok.assignment.search import best, brute_force, full
+from evatok.assignment.space import AssignmentSpace
+from evatok.metrics.perceptual import load_quality
+from evatok.models.tokenizer import VideoTokenizer
+from evatok.video.decode import ClipFormat, decode_clip
+
+CLIPS = 12  # 200 take several minutes on two cores, nearly all of it for `full`
+
+
+@pytest.fixture(scope="module")
+def proxy(tiny_run: Path) -> VideoTokenizer:
+    return VideoTokenizer.from_pretrained(tiny_run / "proxy" / "model").eval()
+
+
+@pytest.fixture(scope="module")
+def clips(proxy: VideoTokenizer, test_data: Path) -> Tensor:
+    """uint8 [CLIPS, C, F, H, W], of as many videos."""
+    files = sorted((test_data / "clips" / "test").rglob("*.mp4"))
+    form = ClipFormat(frames=proxy.config.frames, size=proxy.config.size)
+    return torch.from_numpy(np.stack([decode_clip(str(file), 0.0, form) for file in files[:CLIPS]]))
+
+
+def test_full_equals_brute_force_on_all_metrics(
+    proxy: VideoTokenizer, clips: Tensor, test_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVATOK_WEIGHTS", str(test_data / "weights"))
+    space = AssignmentSpace(proxy.choices, proxy.blocks)
+    metrics = [load_quality(name) for name in ("lpips", "psnr", "mse", "ssim", "dssim")]
+    expected = brute_force(proxy, clips[:2], space, metrics, batch=64)
+    for name, quality in full(proxy, clips[:2], space, metrics).items():
+        torch.testing.assert_close(quality, expected[name], atol=1e-4, rtol=0)
+        assert quality.std() > 0
+
+
+def test_best_with_the_proven_bound_is_the_argmax(proxy: VideoTokenizer, clips: Tensor) -> None:
+    space, metrics = AssignmentSpace(proxy.choices, proxy.blocks), [load_quality("dssim")]
+    weights = RewardWeights(1.5)  # where the best assignments differ, for a proxy of so few steps
+    table = full(proxy, clips, space, metrics)["dssim"]
+    statistics = RewardStatistics.measure([table], space)
+    rewards = reward(table.double(), space.totals(), "dssim", weights, statistics)
+    found = best(proxy, clips, space, metrics, weights, statistics)
+    assert torch.equal(found.index, rewards.argmax(1))
+    assert len(found.index.unique()) > 1
+    assert found.nodes.double().mean() < 780
