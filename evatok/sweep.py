@@ -134,7 +134,7 @@ def open_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         if stage not in present
     ]
     if not found:
-        found = list(_unknown_objectives(sweep))
+        found = [*_unknown_objectives(sweep), *_incomparable_objectives(sweep)]
         found += [
             (f"space.{key}", problem)
             for key, parameter in config.space.items()
@@ -155,6 +155,18 @@ def _unknown_objectives(sweep: Sweep) -> Iterator[tuple[str, str]]:
             hint = "" if any(one.startswith("eval_") for one in known) else _NO_EVALUATION.format(stage.name)
             listed = ", ".join(known)
             yield f"objectives.{name}", f"is no metric of stage {stage.name!r}, which has {listed}.{hint}"
+
+
+def _incomparable_objectives(sweep: Sweep) -> Iterator[tuple[str, str]]:
+    searched = [key for keys in sweep.config.space for key in keys.split(",")]
+    rewards = [key.strip() for key in searched if key.strip().startswith("curate.reward.")]
+    for name in sweep.config.objectives:
+        if rewards and name.startswith("eval_reward"):
+            yield (
+                f"objectives.{name}",
+                f"does not compare trials whose reward differs, and `space` changes {', '.join(rewards)}. "
+                "Use eval_gain, or the two objectives eval_quality and eval_tokens.",
+            )
 
 
 def _problem(sweep: Sweep, key: str, parameter: Parameter) -> str | None:

@@ -127,9 +127,10 @@ def test_shipped_sweeps_are_valid_and_search_by_what_their_last_stage_reports(na
             "objectives.reward_percentile: is no metric of stage .router",
         ),
         (["set={router.train.eval_every: 0}"], "set router.train.eval_every and router.held_out above 0"),
+        (["objectives={eval_reward_percentile: max}"], r"curate\.reward\.w_q.*Use eval_gain"),
     ],
 )
-def test_objective_that_the_last_stage_does_not_report_is_refused_before_anything_starts(overrides, part):
+def test_objective_that_is_not_reported_or_does_not_compare_trials_is_refused(overrides, part):
     with pytest.raises(UserError, match=part):
         open_sweep(SWEEPS / "tiny.yaml", overrides)
 

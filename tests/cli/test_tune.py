@@ -36,8 +36,8 @@ def test_the_tiny_sweep_comes_to_its_best_trial(tmp_path):
     found = tune(SWEEPS / "tiny.yaml", tmp_path, "trials=2", "scheduler.grace=2")
     done = [trial for trial in found["trials"] if trial["state"] == "done"]
     assert {trial["state"] for trial in found["trials"]} <= {"done", "stopped"}
-    best = max(trial["metrics"]["eval_reward_percentile"] for trial in done)
-    assert best in [t["metrics"]["eval_reward_percentile"] for t in done if t["name"] in found["best"]]
+    best = max(trial["metrics"]["eval_gain"] for trial in done)
+    assert best in [t["metrics"]["eval_gain"] for t in done if t["name"] in found["best"]]
     assert (Path(found["export"]) / "router/model/model.safetensors").is_file()
     # What decides about early ends is told on the way: a trial that told nothing would stand at step 0.
     steps = [
