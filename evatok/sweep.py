@@ -20,6 +20,7 @@ from pydantic import Field
 from evatok import experiment as experiments
 from evatok.artifacts import MANIFEST, Artifact, Location, exclusive
 from evatok.config import Config, dump, load, parse, problems
+from evatok.distributed import cluster
 from evatok.distributed.tune import Asha, Finished, MissingObjectiveError, Mode, Parameter, Report, search
 from evatok.errors import UserError
 from evatok.experiment import Experiment, experiment_type
@@ -56,7 +57,12 @@ class SweepConfig(Config):
     searcher: Literal["random", "optuna"] = "random"
     scheduler: Asha | None = None
     resources: Resources = Field(default=Resources(workers=0), description="what each trial trains with")
-    concurrency: int | None = Field(default=None, ge=1, description="trials at once; default: what fits")
+    concurrency: int | None = Field(
+        default=None,
+        ge=1,
+        description="trials at once; default: what the cluster has room for when they start. A cluster that "
+        "grows with the work needs it",
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
@@ -187,21 +193,19 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
 
     Raises UserError when the sweep's folder holds trials of another sweep file.
     """
-    from evatok.distributed import cluster
-
     config, resources = sweep.config, sweep.config.resources
     cpus = max(resources.workers, 1) * resources.cpus_per_worker
     trials = cpus * (1 if resources.workers else 2) + cluster.DATA_CPUS
     needed = max(trials, experiments.logical_cpus(sweep.base.resources))
     with exclusive(sweep.location), cluster.connected(address, cpus=needed) as found:
         experiments.refuse_missing_gpus(resources, found)
+        gpus = float(max(resources.workers, 1) * resources.use_gpu)
+        _refuse_unknown_concurrency(sweep, found, cpus, gpus)
         _claim(sweep)
         if sweep.shared:
             experiments.run(sweep.base, listener, until=sweep.shared[-1])
-        gpus = float(max(resources.workers, 1) * resources.use_gpu)
-        fits = int((found.cpus - cluster.DATA_CPUS) // cpus)
-        if gpus:
-            fits = min(fits, int(found.gpus // gpus))
+        concurrency = config.concurrency or _room(cluster.describe(), cpus, gpus)
+        listener.log("tune", f"trials at once: {concurrency}")
         records = _records(sweep)
         finished = [one for one in records if one.state in ("done", "stopped")]
         unfinished = [one.values for one in records if one not in finished]
@@ -218,11 +222,26 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
             seed=config.seed,
             cpus=own[0],
             gpus=own[1],
-            concurrency=config.concurrency or max(fits, 1),
+            concurrency=concurrency,
             on_progress=lambda over: listener.progress("tune", over, config.trials, "trials", {}),
             on_end=functools.partial(_record, sweep, listener),
         )
         return _conclude(sweep)
+
+
+def _refuse_unknown_concurrency(sweep: Sweep, found: cluster.Cluster, cpus: float, gpus: float) -> None:
+    if sweep.config.concurrency is None and not found.local and (found.cpus < cpus or found.gpus < gpus):
+        raise UserError(
+            f"{sweep.config.name}: concurrency: a trial needs {cpus:g} CPUs and {gpus:g} GPUs; the cluster "
+            f"has {found.cpus:g} and {found.gpus:g} now. If it grows with the work, say how many trials may "
+            "run at once: --set concurrency=N."
+        )
+
+
+def _room(found: cluster.Cluster, cpus: float, gpus: float) -> int:
+    """Trials that the cluster has room for, beside what decodes for them; at least 1."""
+    fits = (found.cpus - cluster.DATA_CPUS) // cpus
+    return max(1, int(min(fits, found.gpus // gpus) if gpus else fits))
 
 
 def run_trial(sweep: Sweep, values: Values, report: Report) -> Mapping[str, float]:

@@ -1,6 +1,7 @@
 """Sweeps: checked before they start, shared stages once, trials as runs, the best one goes on."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -183,19 +184,27 @@ def test_storage_is_one_for_the_sweep_and_its_experiment(write, tmp_path):
 
 @pytest.fixture
 def searched(monkeypatch):
-    """What ``sweeps.run`` asks of Ray and of the search, which does nothing; on a local Ray without GPUs."""
+    """What ``sweeps.run`` asks of Ray and of the search, which does nothing.
+
+    On a local Ray without GPUs; at an address, on a cluster that has one CPU and grows to 9.
+    """
     asked = {}
 
     @contextlib.contextmanager
     def connected(address, *, cpus):
         asked["needed"] = cpus
-        yield Cluster("", local=True, nodes=1, cpus=cpus, gpus=0)
+        asked["found"] = Cluster("", local=address is None, nodes=1, cpus=1 if address else cpus, gpus=0)
+        yield asked["found"]
+
+    def describe():
+        return asked["found"] if asked["found"].local else dataclasses.replace(asked["found"], cpus=9)
 
     def search(*arguments, on_end, **options):
         asked.update(options)
         on_end(Finished({"router.lr": 0.5, "index.reward": 2}, {"attempts": 1.0}, "stopped"))
 
     monkeypatch.setattr("evatok.distributed.cluster.connected", connected)
+    monkeypatch.setattr("evatok.distributed.cluster.describe", describe)
     monkeypatch.setattr(sweeps, "search", search)
     return asked
 
@@ -216,6 +225,23 @@ def test_local_ray_is_as_large_as_the_larger_of_a_trial_and_the_experiment_needs
         sweeps.run(sweep, Quiet())
     found = {key: searched[key] for key in ("needed", "cpus", "concurrency")}
     assert found == {"needed": needed, "cpus": held, "concurrency": concurrency}
+
+
+def test_trials_at_once_are_counted_when_the_shared_stages_have_grown_the_cluster(write, toy_chain, searched):
+    sweep = open_sweep(write(), ["resources={workers: 0}", "set={router.batch: 4}"])
+    with pytest.raises(RuntimeError, match="no trial"):
+        sweeps.run(sweep, Quiet(), address="cluster")
+    assert searched["concurrency"] == 7
+
+
+def test_cluster_without_room_for_a_trial_must_be_told_how_many_run_at_once(write, toy_chain, searched):
+    trial = "resources={workers: 0, cpus_per_worker: 4}"
+    with pytest.raises(UserError, match="needs 4 CPUs and 0 GPUs; the cluster has 1 and 0 now"):
+        sweeps.run(open_sweep(write(), [trial]), Quiet(), address="cluster")
+    assert toy_chain.ran == []
+    with pytest.raises(RuntimeError, match="no trial"):
+        sweeps.run(open_sweep(write(), [trial, "concurrency=5"]), Quiet(), address="cluster")
+    assert searched["concurrency"] == 5
 
 
 def test_trials_that_need_more_gpus_than_there_are_do_not_start(write, toy_chain, searched):
