@@ -342,6 +342,12 @@ def _check(config: CurateConfig, experiment: Any) -> Iterator[tuple[str, str]]:
             "curate.reward.quality",
             f"is {config.reward.quality!r}, but curate.metrics records only {recorded}",
         )
+    if not experiment.proxy.model.causal:
+        yield (
+            "proxy.model.causal",
+            "is false, but curate scores assignments block by block, which needs a block-causal proxy: set it"
+            " to true (the final tokenizer's, tokenizer.model.causal, may be false)",
+        )
 
 
 def _describe(config: CurateConfig, experiment: Any) -> Description:

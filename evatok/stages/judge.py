@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evatok.assignment.policies import BasePolicy, Evidence, Sources, gather
-from evatok.assignment.search import full
+from evatok.assignment.search import brute_force, full
 from evatok.assignment.table import RewardRows, to_table
 from evatok.metrics.frechet import I3D
 from evatok.metrics.pixels import QualityMetric
@@ -87,7 +87,8 @@ def score_clips(spec: tuple[int, NDArray[np.int64]], judge: Judge) -> ShardOutpu
 
     start, rows = spec
     clips, there, rejected = judge.read(rows)
-    quality = full(judge.tokenizer, clips, judge.sources.space, judge.metrics)
+    search = full if judge.tokenizer.config.causal else brute_force  # else prefixes share nothing
+    quality = search(judge.tokenizer, clips, judge.sources.space, judge.metrics)
     positions = torch.arange(start, start + len(rows))
     evidence = gather(clips, positions, judge.sources, [setting.policy for setting in judge.settings])
     taken = judge.clips.index.take(rows, ("clip_id", "split"))
