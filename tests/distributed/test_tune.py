@@ -75,7 +75,6 @@ def run(
     return ends
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
 def test_interrupted_search_runs_only_what_is_missing(ray_cluster, tmp_path, searcher):
     first = run(quadratic(tmp_path), {"loss": "min"}, trials=1, searcher=searcher)
