@@ -40,6 +40,7 @@ def run(
     trial,
     objectives,
     *,
+    space=SPACE,
     finished=(),
     unfinished=(),
     trials=4,
@@ -58,7 +59,7 @@ def run(
 
     search(
         trial,
-        SPACE,
+        space,
         objectives,
         trials=trials,
         finished=finished,
@@ -94,6 +95,35 @@ def test_several_objectives_reach_the_searcher(ray_cluster, tmp_path):
     ends = run(quadratic(tmp_path), {"loss": "min", "tokens": "min"}, searcher="optuna", trials=2)
     assert len(ends) == 2
     assert all({"loss", "tokens"} <= set(one.metrics) for one in ends)
+
+
+def volume(points, corner=(2.0, 2.0)) -> float:
+    """What the points leave behind them, up to the corner: larger for the better front of two minima."""
+    found, lowest = 0.0, corner[1]
+    for first, second in sorted(points):
+        if first < corner[0] and second < lowest:
+            found += (corner[0] - first) * (lowest - second)
+            lowest = second
+    return found
+
+
+def test_front_of_a_search_is_not_dominated_by_the_grids_of_as_many_trials(ray_cluster):
+    """Between the goals (0, 0) and (1, 0) nothing beats anything; every step aside is lost in both."""
+
+    def losses(x, y):
+        return x**2 + y**2, (x - 1) ** 2 + y**2
+
+    def trial(values, report):
+        return dict(zip(("first", "second"), losses(values["x"], values["y"]), strict=True))
+
+    space = {"x": Parameter(uniform=(0, 1)), "y": Parameter(uniform=(-1, 1))}
+    aims = {"first": "min", "second": "min"}
+    ends = run(trial, aims, space=space, searcher="optuna", trials=16)
+    found = [(one.metrics["first"], one.metrics["second"]) for one in ends]
+    steps = [n / 3 for n in range(4)]
+    grid = [losses(x, 2 * y - 1) for x in steps for y in steps]
+    assert volume(found) > volume(grid)
+    assert any(all(one[0] < other[0] or one[1] < other[1] for other in grid) for one in found)
 
 
 def test_trial_that_falls_behind_is_stopped_and_its_cpu_is_free(ray_cluster, tmp_path):
