@@ -10,18 +10,28 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from evatok import experiment as experiments
 from evatok.artifacts import MANIFEST, Artifact, Location, exclusive
 from evatok.config import Config, dump, load, parse, problems
 from evatok.distributed import cluster
-from evatok.distributed.tune import Asha, Finished, MissingObjectiveError, Mode, Parameter, Report, search
+from evatok.distributed.tune import (
+    Asha,
+    Finished,
+    MissingObjectiveError,
+    Mode,
+    Parameter,
+    Report,
+    Searcher,
+    search,
+)
 from evatok.errors import UserError
 from evatok.experiment import Experiment, experiment_type
 from evatok.report.sweep import write_sweep_report
@@ -53,8 +63,8 @@ class SweepConfig(Config):
         description="dotted keys of the experiment to search; several in one, with commas, get one value",
     )
     objectives: dict[str, Mode] = Field(min_length=1, description="metrics of the last stage: min or max")
-    trials: int = Field(ge=1, description="how many in all")
-    searcher: Literal["random", "optuna"] = "random"
+    trials: int | None = Field(default=None, ge=1, description="how many in all; a grid has its own number")
+    searcher: Searcher = Field(default="random", description="grid: every combination of the choices")
     scheduler: Asha | None = None
     resources: Resources = Field(default=Resources(workers=0), description="what each trial trains with")
     concurrency: int | None = Field(
@@ -64,6 +74,21 @@ class SweepConfig(Config):
         "grows with the work needs it",
     )
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _as_many_trials_as_the_searcher_takes(self) -> SweepConfig:
+        if self.searcher != "grid" and self.trials is None:
+            raise ValueError("give trials: how many to run in all")
+        if self.searcher == "grid" and self.trials is not None:
+            raise ValueError("searcher grid runs every combination: leave trials out")
+        if self.searcher == "grid" and any(one.choice is None for one in self.space.values()):
+            raise ValueError("searcher grid needs a choice for every setting of the space")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Trials in all."""
+        return self.trials or math.prod(len(one.ends()) for one in self.space.values())
 
 
 @dataclass(frozen=True)
@@ -214,7 +239,7 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
             functools.partial(run_trial, sweep),
             config.space,
             config.objectives,
-            trials=config.trials,
+            trials=config.count,
             finished=finished,
             unfinished=unfinished,
             searcher=config.searcher,
@@ -223,7 +248,7 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
             cpus=own[0],
             gpus=own[1],
             concurrency=concurrency,
-            on_progress=lambda over: listener.progress("tune", over, config.trials, "trials", {}),
+            on_progress=lambda over: listener.progress("tune", over, config.count, "trials", {}),
             on_end=functools.partial(_record, sweep, listener),
         )
         return _conclude(sweep)

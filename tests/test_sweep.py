@@ -60,6 +60,7 @@ def write(toy_chain, tmp_path: Path):
         ("{router.lr: {uniform: [0, 1], choice: [1]}}", "", "exactly one"),
         ("{router.lr: {uniform: [0.1, 1]}}", "stages: [rooter]", "no stage of toy.yaml"),
         ("{router.lr: {uniform: [0.1, 1]}}", "set: {router.batch: 5}", "cannot be split over 2 workers"),
+        ("{router.lr: {choice: [0.1, 1]}}", "searcher: grid", "every combination: leave trials out"),
     ],
 )
 def test_mistake_is_found_before_anything_starts(write, toy_chain, space, more, part):
@@ -109,7 +110,7 @@ def test_keys_that_must_agree_are_searched_as_one(write):
     assert (trial.router.lr, trial.index.reward) == (3.0, 3.0)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_budget", "router", "token_budget"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_budget", "router", "routers", "token_budget"])
 def test_shipped_sweeps_are_valid_and_search_by_what_their_last_stage_reports(name):
     sweep = open_sweep(SWEEPS / f"{name}.yaml")
     assert sweep.shared == ["index", "proxy", "curate"][: 1 if name == "token_budget" else 3]
@@ -249,6 +250,20 @@ def test_trials_that_need_more_gpus_than_there_are_do_not_start(write, toy_chain
     with pytest.raises(UserError, match="found 0 GPUs"):
         sweeps.run(sweep, Quiet())
     assert toy_chain.ran == []
+
+
+def test_number_of_trials_is_given_or_that_of_a_grid(write):
+    def opened(space, searcher):
+        path = write(space, f"searcher: {searcher}")
+        path.write_text(path.read_text().replace("trials: 3\n", ""))
+        return open_sweep(path).config
+
+    choices = "{router.lr: {choice: [0.1, 1]}, index.reward: {choice: [1, 2, 3]}}"
+    assert opened(choices, "grid").count == 6
+    with pytest.raises(UserError, match="a choice for every setting"):
+        opened("{router.lr: {uniform: [0.1, 1]}}", "grid")
+    with pytest.raises(UserError, match="give trials"):
+        opened(choices, "random")
 
 
 def test_folder_of_another_sweep_is_refused(write):

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from evatok.artifacts import Location
 from evatok.distributed.fanout import ShardOutput, fan_out
 from evatok.distributed.schedule import Shard
-from evatok.distributed.tune import Asha, Finished, MissingObjectiveError, Parameter, search
+from evatok.distributed.tune import Asha, Finished, MissingObjectiveError, Parameter, _grid, search
 from evatok.errors import UserError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -89,6 +89,14 @@ def test_interrupted_search_runs_only_what_is_missing(ray_cluster, tmp_path, sea
     assert len(list(tmp_path.iterdir())) == 3
     assert all(path.read_text() == "ran\n" for path in tmp_path.iterdir())
     assert again(finished=first + second) == []
+
+
+def test_grid_tries_every_combination_that_is_not_over():
+    space = {"x": Parameter(choice=(1, 2)), "shape": Parameter(choice=([1, 2], [3]))}
+    every = _grid(space, [])
+    assert every == [{"x": x, "shape": shape} for x in (1, 2) for shape in ([1, 2], [3])]
+    over = Finished(every[2], {"loss": 1.0}, "done")
+    assert _grid(space, [over]) == [*every[:2], every[3]]
 
 
 def test_several_objectives_reach_the_searcher(ray_cluster, tmp_path):
