@@ -23,7 +23,8 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_job_runs_the_first_stage_and_submitted_again_it_skips_what_is_done(start_ray, tmp_path, capsys):
-    head = start_ray("--num-cpus=4")  # two nodes of one machine would unpack the job's files over each other
+    head = start_ray("--num-cpus=0")
+    head.start_node("--num-cpus=4")
     experiment = ["experiments/tiny.yaml", "--set", f"storage={tmp_path}", "--until", "index"]
     first = command(
         *("ray", "job", "submit", "--address", head.dashboard, "--working-dir", "."),
@@ -52,7 +53,7 @@ def test_job_runs_the_first_stage_and_submitted_again_it_skips_what_is_done(star
 
 @pytest.mark.slow
 def test_job_runs_the_whole_chain(start_ray, tmp_path):
-    head = start_ray("--num-cpus=4")  # two nodes of one machine would unpack the job's files over each other
+    head = start_ray("--num-cpus=4")
     done = command(
         *("ray", "job", "submit", "--address", head.dashboard, "--working-dir", "."),
         *("--", "evatok", "run", "experiments/tiny.yaml", "--set", f"storage={tmp_path}"),
