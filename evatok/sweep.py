@@ -10,17 +10,28 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from evatok import experiment as experiments
 from evatok.artifacts import MANIFEST, Artifact, Location, exclusive
 from evatok.config import Config, dump, load, parse, problems
-from evatok.distributed.tune import Asha, Finished, MissingObjectiveError, Mode, Parameter, Report, search
+from evatok.distributed import cluster
+from evatok.distributed.tune import (
+    Asha,
+    Finished,
+    MissingObjectiveError,
+    Mode,
+    Parameter,
+    Report,
+    Searcher,
+    search,
+)
 from evatok.errors import UserError
 from evatok.experiment import Experiment, experiment_type
 from evatok.report.sweep import write_sweep_report
@@ -52,12 +63,32 @@ class SweepConfig(Config):
         description="dotted keys of the experiment to search; several in one, with commas, get one value",
     )
     objectives: dict[str, Mode] = Field(min_length=1, description="metrics of the last stage: min or max")
-    trials: int = Field(ge=1, description="how many in all")
-    searcher: Literal["random", "optuna"] = "random"
+    trials: int | None = Field(default=None, ge=1, description="how many in all; a grid has its own number")
+    searcher: Searcher = Field(default="random", description="grid: every combination of the choices")
     scheduler: Asha | None = None
     resources: Resources = Field(default=Resources(workers=0), description="what each trial trains with")
-    concurrency: int | None = Field(default=None, ge=1, description="trials at once; default: what fits")
+    concurrency: int | None = Field(
+        default=None,
+        ge=1,
+        description="trials at once; default: what the cluster has room for when they start. A cluster that "
+        "grows with the work needs it",
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _as_many_trials_as_the_searcher_takes(self) -> SweepConfig:
+        if self.searcher != "grid" and self.trials is None:
+            raise ValueError("give trials: how many to run in all")
+        if self.searcher == "grid" and self.trials is not None:
+            raise ValueError("searcher grid runs every combination: leave trials out")
+        if self.searcher == "grid" and any(one.choice is None for one in self.space.values()):
+            raise ValueError("searcher grid needs a choice for every setting of the space")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Trials in all."""
+        return self.trials or math.prod(len(one.ends()) for one in self.space.values())
 
 
 @dataclass(frozen=True)
@@ -134,7 +165,7 @@ def open_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         if stage not in present
     ]
     if not found:
-        found = list(_unknown_objectives(sweep))
+        found = [*_unknown_objectives(sweep), *_incomparable_objectives(sweep)]
         found += [
             (f"space.{key}", problem)
             for key, parameter in config.space.items()
@@ -157,6 +188,18 @@ def _unknown_objectives(sweep: Sweep) -> Iterator[tuple[str, str]]:
             yield f"objectives.{name}", f"is no metric of stage {stage.name!r}, which has {listed}.{hint}"
 
 
+def _incomparable_objectives(sweep: Sweep) -> Iterator[tuple[str, str]]:
+    searched = [key for keys in sweep.config.space for key in keys.split(",")]
+    rewards = [key.strip() for key in searched if key.strip().startswith("curate.reward.")]
+    for name in sweep.config.objectives:
+        if rewards and name.startswith("eval_reward"):
+            yield (
+                f"objectives.{name}",
+                f"does not compare trials whose reward differs, and `space` changes {', '.join(rewards)}. "
+                "Use eval_gain, or the two objectives eval_quality and eval_tokens.",
+            )
+
+
 def _problem(sweep: Sweep, key: str, parameter: Parameter) -> str | None:
     before = experiments.fingerprints(sweep.base)
     for value in parameter.ends():
@@ -175,21 +218,19 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
 
     Raises UserError when the sweep's folder holds trials of another sweep file.
     """
-    from evatok.distributed import cluster
-
     config, resources = sweep.config, sweep.config.resources
     cpus = max(resources.workers, 1) * resources.cpus_per_worker
     trials = cpus * (1 if resources.workers else 2) + cluster.DATA_CPUS
     needed = max(trials, experiments.logical_cpus(sweep.base.resources))
     with exclusive(sweep.location), cluster.connected(address, cpus=needed) as found:
         experiments.refuse_missing_gpus(resources, found)
+        gpus = float(max(resources.workers, 1) * resources.use_gpu)
+        _refuse_unknown_concurrency(sweep, found, cpus, gpus)
         _claim(sweep)
         if sweep.shared:
             experiments.run(sweep.base, listener, until=sweep.shared[-1])
-        gpus = float(max(resources.workers, 1) * resources.use_gpu)
-        fits = int((found.cpus - cluster.DATA_CPUS) // cpus)
-        if gpus:
-            fits = min(fits, int(found.gpus // gpus))
+        concurrency = config.concurrency or _room(cluster.describe(), cpus, gpus)
+        listener.log("tune", f"trials at once: {concurrency}")
         records = _records(sweep)
         finished = [one for one in records if one.state in ("done", "stopped")]
         unfinished = [one.values for one in records if one not in finished]
@@ -198,7 +239,7 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
             functools.partial(run_trial, sweep),
             config.space,
             config.objectives,
-            trials=config.trials,
+            trials=config.count,
             finished=finished,
             unfinished=unfinished,
             searcher=config.searcher,
@@ -206,11 +247,26 @@ def run(sweep: Sweep, listener: Listener, *, address: str | None = None) -> Swee
             seed=config.seed,
             cpus=own[0],
             gpus=own[1],
-            concurrency=config.concurrency or max(fits, 1),
-            on_progress=lambda over: listener.progress("tune", over, config.trials, "trials", {}),
+            concurrency=concurrency,
+            on_progress=lambda over: listener.progress("tune", over, config.count, "trials", {}),
             on_end=functools.partial(_record, sweep, listener),
         )
         return _conclude(sweep)
+
+
+def _refuse_unknown_concurrency(sweep: Sweep, found: cluster.Cluster, cpus: float, gpus: float) -> None:
+    if sweep.config.concurrency is None and not found.local and (found.cpus < cpus or found.gpus < gpus):
+        raise UserError(
+            f"{sweep.config.name}: concurrency: a trial needs {cpus:g} CPUs and {gpus:g} GPUs; the cluster "
+            f"has {found.cpus:g} and {found.gpus:g} now. If it grows with the work, say how many trials may "
+            "run at once: --set concurrency=N."
+        )
+
+
+def _room(found: cluster.Cluster, cpus: float, gpus: float) -> int:
+    """Trials that the cluster has room for, beside what decodes for them; at least 1."""
+    fits = (found.cpus - cluster.DATA_CPUS) // cpus
+    return max(1, int(min(fits, found.gpus // gpus) if gpus else fits))
 
 
 def run_trial(sweep: Sweep, values: Values, report: Report) -> Mapping[str, float]:

@@ -223,7 +223,8 @@ def start_ray(tmp_path: Path) -> Iterator[Callable[..., Head]]:
             _wait_for(f"http://127.0.0.1:{url}", processes[0], folder)
 
         def start_node(*options: str) -> None:
-            start(f"--address={address}", *options, env=env)
+            # In one folder, nodes of one machine would unpack a job's files over each other.
+            start(f"--address={address}", f"--temp-dir={folder}-{len(processes)}", *options, env=env)
 
         return Head(
             address, f"http://127.0.0.1:{dashboard}", ports["metrics-export-port"], folder, start_node
@@ -233,7 +234,8 @@ def start_ray(tmp_path: Path) -> Iterator[Callable[..., Head]]:
     for log in sorted(Path(folder).glob("ray-start-*.log")):
         print(log.read_text())  # pytest shows it when the test has failed
     _end_processes_of(folder, processes)
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in Path(folder).parent.glob(f"{Path(folder).name}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

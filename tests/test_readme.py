@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -23,7 +24,9 @@ ELSEWHERE = {
     "evatok tune": "tests/cli/test_tune.py",
     "make quickstart": "tests/test_makefile.py",
     "make test": "tests/test_makefile.py",
+    "source .venv/bin/activate": "tests/test_makefile.py",
 }
+BIN = Path(sys.executable).parent  # what `source .venv/bin/activate` puts on the path
 
 
 def commands() -> list[str]:
@@ -54,14 +57,22 @@ def test_readme_command_works(command: str, tiny_run: Path, tmp_path: Path) -> N
 
 
 def run(command: str, tiny_run: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a README command with the tiny run in place of the quickstart's."""
-    words = shlex.split(command)[1:]
+    """Run a README command as a shell would, with the tiny run in place of the quickstart's."""
+    words = shlex.split(command)
     if "experiments/quickstart.yaml" in words:
         words[words.index("experiments/quickstart.yaml")] = str(ROOT / "experiments" / "tiny.yaml")
         words += ["--set", f"storage={tiny_run.parent}"]
     words = [str(tiny_run) if word == "runs/quickstart" else word for word in words]
+    path = f"{BIN}:{os.environ['PATH']}"
+    words[0] = shutil.which(words[0], path=path) or words[0]
     return subprocess.run(
-        [sys.executable, "-m", "evatok.cli", *words], cwd=folder, capture_output=True, text=True, timeout=600
+        words, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_readme_puts_evatok_on_the_path_before_it_is_called() -> None:
+    assert commands().index("source .venv/bin/activate") < min(
+        at for at, command in enumerate(commands()) if command.startswith("evatok")
     )
 
 

@@ -1,6 +1,7 @@
 """Sweeps: checked before they start, shared stages once, trials as runs, the best one goes on."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def write(toy_chain, tmp_path: Path):
         ("{router.lr: {uniform: [0, 1], choice: [1]}}", "", "exactly one"),
         ("{router.lr: {uniform: [0.1, 1]}}", "stages: [rooter]", "no stage of toy.yaml"),
         ("{router.lr: {uniform: [0.1, 1]}}", "set: {router.batch: 5}", "cannot be split over 2 workers"),
+        ("{router.lr: {choice: [0.1, 1]}}", "searcher: grid", "every combination: leave trials out"),
     ],
 )
 def test_mistake_is_found_before_anything_starts(write, toy_chain, space, more, part):
@@ -108,7 +110,7 @@ def test_keys_that_must_agree_are_searched_as_one(write):
     assert (trial.router.lr, trial.index.reward) == (3.0, 3.0)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_budget", "router", "token_budget"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_budget", "router", "routers", "token_budget"])
 def test_shipped_sweeps_are_valid_and_search_by_what_their_last_stage_reports(name):
     sweep = open_sweep(SWEEPS / f"{name}.yaml")
     assert sweep.shared == ["index", "proxy", "curate"][: 1 if name == "token_budget" else 3]
@@ -127,9 +129,10 @@ def test_shipped_sweeps_are_valid_and_search_by_what_their_last_stage_reports(na
             "objectives.reward_percentile: is no metric of stage .router",
         ),
         (["set={router.train.eval_every: 0}"], "set router.train.eval_every and router.held_out above 0"),
+        (["objectives={eval_reward_percentile: max}"], r"curate\.reward\.w_q.*Use eval_gain"),
     ],
 )
-def test_objective_that_the_last_stage_does_not_report_is_refused_before_anything_starts(overrides, part):
+def test_objective_that_is_not_reported_or_does_not_compare_trials_is_refused(overrides, part):
     with pytest.raises(UserError, match=part):
         open_sweep(SWEEPS / "tiny.yaml", overrides)
 
@@ -182,19 +185,27 @@ def test_storage_is_one_for_the_sweep_and_its_experiment(write, tmp_path):
 
 @pytest.fixture
 def searched(monkeypatch):
-    """What ``sweeps.run`` asks of Ray and of the search, which does nothing; on a local Ray without GPUs."""
+    """What ``sweeps.run`` asks of Ray and of the search, which does nothing.
+
+    On a local Ray without GPUs; at an address, on a cluster that has one CPU and grows to 9.
+    """
     asked = {}
 
     @contextlib.contextmanager
     def connected(address, *, cpus):
         asked["needed"] = cpus
-        yield Cluster("", local=True, nodes=1, cpus=cpus, gpus=0)
+        asked["found"] = Cluster("", local=address is None, nodes=1, cpus=1 if address else cpus, gpus=0)
+        yield asked["found"]
+
+    def describe():
+        return asked["found"] if asked["found"].local else dataclasses.replace(asked["found"], cpus=9)
 
     def search(*arguments, on_end, **options):
         asked.update(options)
         on_end(Finished({"router.lr": 0.5, "index.reward": 2}, {"attempts": 1.0}, "stopped"))
 
     monkeypatch.setattr("evatok.distributed.cluster.connected", connected)
+    monkeypatch.setattr("evatok.distributed.cluster.describe", describe)
     monkeypatch.setattr(sweeps, "search", search)
     return asked
 
@@ -217,11 +228,42 @@ def test_local_ray_is_as_large_as_the_larger_of_a_trial_and_the_experiment_needs
     assert found == {"needed": needed, "cpus": held, "concurrency": concurrency}
 
 
+def test_trials_at_once_are_counted_when_the_shared_stages_have_grown_the_cluster(write, toy_chain, searched):
+    sweep = open_sweep(write(), ["resources={workers: 0}", "set={router.batch: 4}"])
+    with pytest.raises(RuntimeError, match="no trial"):
+        sweeps.run(sweep, Quiet(), address="cluster")
+    assert searched["concurrency"] == 7
+
+
+def test_cluster_without_room_for_a_trial_must_be_told_how_many_run_at_once(write, toy_chain, searched):
+    trial = "resources={workers: 0, cpus_per_worker: 4}"
+    with pytest.raises(UserError, match="needs 4 CPUs and 0 GPUs; the cluster has 1 and 0 now"):
+        sweeps.run(open_sweep(write(), [trial]), Quiet(), address="cluster")
+    assert toy_chain.ran == []
+    with pytest.raises(RuntimeError, match="no trial"):
+        sweeps.run(open_sweep(write(), [trial, "concurrency=5"]), Quiet(), address="cluster")
+    assert searched["concurrency"] == 5
+
+
 def test_trials_that_need_more_gpus_than_there_are_do_not_start(write, toy_chain, searched):
     sweep = open_sweep(write(), ["resources={use_gpu: true, workers: 0}"])
     with pytest.raises(UserError, match="found 0 GPUs"):
         sweeps.run(sweep, Quiet())
     assert toy_chain.ran == []
+
+
+def test_number_of_trials_is_given_or_that_of_a_grid(write):
+    def opened(space, searcher):
+        path = write(space, f"searcher: {searcher}")
+        path.write_text(path.read_text().replace("trials: 3\n", ""))
+        return open_sweep(path).config
+
+    choices = "{router.lr: {choice: [0.1, 1]}, index.reward: {choice: [1, 2, 3]}}"
+    assert opened(choices, "grid").count == 6
+    with pytest.raises(UserError, match="a choice for every setting"):
+        opened("{router.lr: {uniform: [0.1, 1]}}", "grid")
+    with pytest.raises(UserError, match="give trials"):
+        opened(choices, "random")
 
 
 def test_folder_of_another_sweep_is_refused(write):

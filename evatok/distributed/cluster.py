@@ -45,7 +45,7 @@ def connected(address: str | None = None, *, cpus: float = 0) -> Iterator[Cluste
     import ray
 
     if ray.is_initialized():
-        yield _describe()
+        yield describe()
         return
     cluster = connect(address, cpus=cpus)
     try:
@@ -93,7 +93,7 @@ def _start(cpus: float) -> Cluster:
         logging_level=logging.ERROR,
     )
     _mute()
-    return _describe()
+    return describe()
 
 
 def _mute() -> None:
@@ -131,7 +131,7 @@ def _join(address: str) -> Cluster:
         ) from error
     except (ConnectionError, ValueError) as error:
         raise UserError(f"No Ray cluster answers at {address}: {error}") from error
-    return _describe()
+    return describe()
 
 
 def use_token() -> None:
@@ -159,7 +159,8 @@ def share_of_cores(cpus: float) -> int:
     return max(1, int(len(os.sched_getaffinity(0)) * cpus / max(logical, cpus)))
 
 
-def _describe() -> Cluster:
+def describe() -> Cluster:
+    """The cluster that this process is connected to, as it is now; it may grow and shrink."""
     import ray
     from ray._private.worker import _global_node
 

@@ -170,6 +170,7 @@ def fan_out(
         scheduling_strategy="DEFAULT",
         max_retries=0,
         max_calls=0,
+        name=f"{work.__module__.rpartition('.')[2]}:{work.__name__}",  # one per fan-out: Ray counts by it
     )(_run_shard)
     running: dict[ray.ObjectRef, Attempt] = {}
     failures: dict[str, str] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -32,6 +33,7 @@ from evatok.errors import UserError
 Values = dict[str, Any]
 Report = Callable[[int, Mapping[str, float]], None]
 Mode = Literal["min", "max"]
+Searcher = Literal["random", "optuna", "grid"]
 _SEED_STEP = 1_000_003
 
 
@@ -118,7 +120,7 @@ def search(
     trials: int,
     finished: Sequence[Finished],
     unfinished: Sequence[Values],
-    searcher: Literal["random", "optuna"],
+    searcher: Searcher,
     scheduler: Asha | None,
     seed: int,
     cpus: float,
@@ -128,6 +130,8 @@ def search(
     on_end: Callable[[Finished], None],
 ) -> None:
     """Run trials until there are ``trials`` in all, ``finished`` ones counted. Ray must be connected.
+
+    A grid, for which every parameter is a choice, has its own number of them.
 
     ``trial(values, report)`` runs in a process of its own that holds ``cpus`` and ``gpus``; it calls
     ``report(step, metrics)`` on the way, returns its final metrics, and finds its own earlier results when
@@ -190,8 +194,11 @@ def search(
             self.over += 1
             on_progress(self.over)
 
-    if searcher == "random":
-        left = _draw(space, trials, finished, unfinished, seed)
+    if searcher != "optuna":
+        if searcher == "grid":
+            left = _grid(space, finished)
+        else:
+            left = _draw(space, trials, finished, unfinished, seed)
         param_space: Values = {"drawn": tune.grid_search([_encoded(values, space) for values in left])}
         algorithm, samples = None, 1
     else:
@@ -244,6 +251,14 @@ def _error(trial: Any) -> tuple[BaseException | None, str]:
     if not isinstance(error, RayTaskError):
         return None, f"{type(error).__name__}: {error}"
     return error.cause, str(error.cause if isinstance(error.cause, UserError) else error)
+
+
+def _grid(space: Mapping[str, Parameter], finished: Sequence[Finished]) -> list[Values]:
+    """Every combination of the choices that is not over."""
+    over = [one.values for one in finished]
+    every = itertools.product(*(parameter.ends() for parameter in space.values()))
+    left = (dict(zip(space, values, strict=True)) for values in every)
+    return [values for values in left if values not in over]
 
 
 def _draw(

@@ -18,8 +18,8 @@ from evatok.models.router import PricedHead, Router, RouterConfig, RouterObjecti
 from evatok.training.tasks import Batch, Metrics, Modules, Task
 
 EVALUATED = (
-    *("loss", "reward", "reward_best", "reward_worst", "top1", "top5"),
-    *("tokens", "quality", "reward_percentile"),
+    *("loss", "reward", "reward_best", "reward_worst", "reward_fixed", "top1", "top5"),
+    *("tokens", "quality", "reward_percentile", "gain"),
 )
 
 
@@ -50,9 +50,11 @@ class RouterTask(Task):
         self._rows, order = found.row.sort()
         self._quality = found.quality[self.metric][order]
         self._totals = AssignmentSpace(self.router.choices, self.router.blocks).totals()
+        self._fixed = self._mean_reward(found, self.weights).argmax()
         router = Router(self.router)
         if isinstance(router.head, PricedHead):
-            router.head.expect(self._mean_quality(found))
+            # At w_q = 2 tokens are free, and the reward is twice the quality.
+            router.head.expect(self._mean_reward(found, RewardWeights(2.0)) / 2)
         return {"model": router}
 
     def losses(self, modules: Modules, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
@@ -77,16 +79,23 @@ class RouterTask(Task):
         return {
             **self._figures(log_probs, rewards),
             "loss": self.objective.loss(log_probs, rewards),
+            "reward_fixed": rewards[:, self._fixed].mean(),
             "top5": (ranked == rewards.argmax(-1, keepdim=True)).any(-1).float().mean(),
             "tokens": self._totals[chosen].float().mean(),
             "quality": self._quality[self._places(batch)].gather(1, chosen.unsqueeze(1)).mean(),
         }
 
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Adds ``reward_percentile`` (eq. 8), in which the means over clips come before the ratio."""
+        """Adds ``reward_percentile`` (eq. 8: the means over clips come before the ratio) and ``gain``.
+
+        ``gain``: the percentile less that of the best fixed assignment of the training clips. It tells what
+        looking at the clip brings, so it compares routers of different w_q, whose percentiles do not: where
+        tokens cost most, the shortest assignment alone comes close to 100.
+        """
         worst, best = means["reward_worst"], means["reward_best"]
         share = (means["reward"] - worst) / (best - worst)
-        return {**means, "reward_percentile": 100 * share}
+        gain = (means["reward"] - means["reward_fixed"]) / (best - worst)
+        return {**means, "reward_percentile": 100 * share, "gain": 100 * gain}
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         router = Router(self.router)
@@ -99,12 +108,10 @@ class RouterTask(Task):
         values = reward(quality, self._totals, self.metric, weights, self.statistics)
         return values.float().to(batch["clip"].device)
 
-    def _mean_quality(self, rows: RewardRows) -> Tensor:
-        """Of every assignment over the training clips: z-scored, higher is better, [size]."""
+    def _mean_reward(self, rows: RewardRows, weights: RewardWeights) -> Tensor:
+        """Of every assignment over the training clips, [size]."""
         quality = rows.quality[self.metric][torch.tensor([split == "train" for split in rows.split])]
-        # At w_q = 2 tokens are free, and the reward is twice the quality.
-        free = reward(quality, self._totals, self.metric, RewardWeights(2.0), self.statistics)
-        return free.mean(0) / 2
+        return reward(quality, self._totals, self.metric, weights, self.statistics).mean(0)
 
     def _places(self, batch: Batch) -> Tensor:
         """Where the clips stand in the table as it was loaded."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,27 @@ SHORT = {
 }
 
 
-def tune(sweep: Path, storage: Path, *settings: str) -> dict:
-    """What ``evatok tune --json`` says in the end; the experiment's run is shortened."""
+def start(sweep: Path, storage: Path, *settings: str) -> subprocess.Popen:
+    """``evatok tune --json``; the experiment's run is shortened."""
     words = ["tune", str(sweep), "--json", "--set", f"set={json.dumps(SHORT)}"]
     for setting in (f"storage={storage}", "concurrency=2", *settings):
         words += ["--set", setting]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "evatok.cli", *words], capture_output=True, text=True, env=environment
+    return subprocess.Popen(
+        [sys.executable, "-m", "evatok.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tune(sweep: Path, storage: Path, *settings: str) -> dict:
+    """What the command says in the end."""
+    process = start(sweep, storage, *settings)
+    out, error = process.communicate()
+    assert process.returncode == 0, out + error
+    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -36,8 +47,8 @@ def test_the_tiny_sweep_comes_to_its_best_trial(tmp_path):
     found = tune(SWEEPS / "tiny.yaml", tmp_path, "trials=2", "scheduler.grace=2")
     done = [trial for trial in found["trials"] if trial["state"] == "done"]
     assert {trial["state"] for trial in found["trials"]} <= {"done", "stopped"}
-    best = max(trial["metrics"]["eval_reward_percentile"] for trial in done)
-    assert best in [t["metrics"]["eval_reward_percentile"] for t in done if t["name"] in found["best"]]
+    best = max(trial["metrics"]["eval_gain"] for trial in done)
+    assert best in [t["metrics"]["eval_gain"] for t in done if t["name"] in found["best"]]
     assert (Path(found["export"]) / "router/model/model.safetensors").is_file()
     # What decides about early ends is told on the way: a trial that told nothing would stand at step 0.
     steps = [
@@ -45,6 +56,35 @@ def test_the_tiny_sweep_comes_to_its_best_trial(tmp_path):
     ]
     assert len(steps) == 2
     assert all(step >= 2 for step in steps)
+
+
+@pytest.mark.slow
+def test_killed_sweep_started_again_runs_only_what_is_left(tmp_path):
+    sweep = SWEEPS / "tiny_budget.yaml"
+    trials = tmp_path / "tiny-budget/trials"
+
+    def done() -> dict[str, float]:
+        """When the routers of the finished trials were made, by trial."""
+        ended = [path.parent for path in trials.glob("*/trial.json") if '"done"' in path.read_text()]
+        return {trial.name: (trial / "router/manifest.json").stat().st_mtime for trial in ended}
+
+    command = start(sweep, tmp_path, "trials=2", "concurrency=1")
+    deadline = time.monotonic() + 400
+    while not (before := done()):
+        assert command.poll() is None, command.communicate()
+        assert time.monotonic() < deadline, "no trial came to its end"
+        time.sleep(0.1)
+    command.kill()
+    command.communicate()
+    shared = (tmp_path / "tiny/curate/manifest.json").stat().st_mtime
+
+    found = tune(sweep, tmp_path, "trials=2", "concurrency=1")
+    assert [trial["state"] for trial in found["trials"]] == ["done"] * 2
+    assert all({"eval_quality", "eval_tokens"} <= set(trial["metrics"]) for trial in found["trials"])
+    after = done()
+    assert len(after) == 2
+    assert before.items() <= after.items()
+    assert (tmp_path / "tiny/curate/manifest.json").stat().st_mtime == shared
 
 
 @pytest.mark.slow

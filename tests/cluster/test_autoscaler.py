@@ -59,7 +59,6 @@ def gpu_nodes() -> list[dict]:
 
 
 @pytest.mark.alone
-@pytest.mark.slow
 def test_fan_out_scales_gpu_nodes_up_from_zero_survives_a_lost_one_and_back_to_zero(start_ray, tmp_path):
     killed = tmp_path / "killed"
 

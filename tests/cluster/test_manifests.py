@@ -11,8 +11,11 @@ import ray
 import yaml
 
 from evatok.cli.parser import parser
+from evatok.config import load
 from evatok.distributed.metrics import METRICS
+from evatok.experiment import read_experiment
 from evatok.stages.stage import LABEL
+from evatok.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -128,6 +131,47 @@ def test_command_exists_and_so_does_its_file(text):
     args = parser().parse_args(shlex.split(text)[1:])
     file = getattr(args, "experiment", None) or args.sweep
     assert (ROOT / file).is_file()
+
+
+def gpus(group: str) -> set[int]:
+    """The most GPUs that a node group may have, by each manifest."""
+    found = {
+        types[group]["max_workers"] * types[group]["resources"]["GPU"]
+        for types in (read(name)["available_node_types"] for name in LAUNCHER)
+    }
+    (pods,) = (g for g in read("kuberay/cluster.yaml")["spec"]["workerGroupSpecs"] if g["groupName"] == group)
+    (container,) = pods["template"]["spec"]["containers"]
+    return found | {pods["maxReplicas"] * container["resources"]["limits"]["nvidia.com/gpu"]}
+
+
+@pytest.mark.parametrize("text", commands())
+def test_command_asks_for_groups_that_exist_and_no_more_gpus_than_they_may_have(text):
+    args = parser().parse_args(shlex.split(text)[1:])
+    if "sweep" in args:
+        sweep = load(ROOT / args.sweep, SweepConfig, args.overrides)
+        shared = read_experiment(
+            ROOT / "experiments/sweeps" / sweep.experiment,
+            [f"{key}={json.dumps(value)}" for key, value in sweep.set.items()],
+        ).resources
+        asked, needed = [sweep.resources, shared], [sweep.concurrency * sweep.resources.workers]
+    else:
+        asked, needed = [read_experiment(ROOT / args.experiment, args.overrides).resources], []
+    for resources in asked:
+        assert resources.use_gpu
+        assert set(resources.groups.model_dump().values()) == GROUPS
+        assert max(resources.workers, *needed, 0) <= min(gpus(resources.groups.train))
+
+
+def test_pods_are_reached_by_ray_the_operator_and_submitters_and_for_metrics_alone():
+    policy = read("kuberay/networkpolicy.yaml")
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    nodes = read("kuberay/podmonitor.yaml")["spec"]["selector"]
+    assert policy["spec"]["podSelector"] == nodes
+    peers, metrics = policy["spec"]["ingress"]
+    assert len(peers["from"]) == 3
+    assert all(peer["podSelector"] for peer in peers["from"])
+    head = read("kuberay/cluster.yaml")["spec"]["headGroupSpec"]["rayStartParams"]
+    assert metrics == {"ports": [{"port": int(head["metrics-export-port"])}]}
 
 
 def test_dashboard_draws_metrics_that_exist_and_all_of_them():

@@ -121,6 +121,16 @@ def test_state_is_built_once_per_worker_process(ray_cluster, tmp_path):
     assert {str(pid) for pid in table["pid"].to_pylist()} <= set(builders)
 
 
+def own_name(spec, state):
+    return ShardOutput(pa.table({"name": [ray.get_runtime_context().get_task_name()]}))
+
+
+def test_tasks_bear_the_name_of_their_work(ray_cluster, tmp_path):
+    target = Location.parse(tmp_path)
+    fan_out(plan(1), own_name, target, key="k")
+    assert target.read_table("0000.parquet")["name"].to_pylist() == ["test_fanout:own_name"]
+
+
 def test_a_rerun_keeps_whole_shards_and_mends_damaged_and_foreign_ones(ray_cluster, tmp_path):
     target = Location.parse(tmp_path)
     fan_out(plan(), numbers, target, key="k")

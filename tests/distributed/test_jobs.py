@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray.job_submission import JobStatus
 
 from evatok.artifacts import Location, read_manifest
 from evatok.cli import main
-from evatok.distributed.jobs import _working_on
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -22,7 +23,8 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_job_runs_the_first_stage_and_submitted_again_it_skips_what_is_done(start_ray, tmp_path, capsys):
-    head = start_ray("--num-cpus=4")  # two nodes of one machine would unpack the job's files over each other
+    head = start_ray("--num-cpus=0")
+    head.start_node("--num-cpus=4")
     experiment = ["experiments/tiny.yaml", "--set", f"storage={tmp_path}", "--until", "index"]
     first = command(
         *("ray", "job", "submit", "--address", head.dashboard, "--working-dir", "."),
@@ -51,7 +53,7 @@ def test_job_runs_the_first_stage_and_submitted_again_it_skips_what_is_done(star
 
 @pytest.mark.slow
 def test_job_runs_the_whole_chain(start_ray, tmp_path):
-    head = start_ray("--num-cpus=4")  # two nodes of one machine would unpack the job's files over each other
+    head = start_ray("--num-cpus=4")
     done = command(
         *("ray", "job", "submit", "--address", head.dashboard, "--working-dir", "."),
         *("--", "evatok", "run", "experiments/tiny.yaml", "--set", f"storage={tmp_path}"),
@@ -78,29 +80,39 @@ def test_server_that_does_not_answer_is_named(capsys, tmp_path):
     assert "http://127.0.0.1:9" in capsys.readouterr().err
 
 
-def test_job_that_already_works_on_the_run_is_found():
-    from types import SimpleNamespace
+class Server:
+    """A job server with one ended job and whatever is submitted to it; jobs run until somebody stops them."""
 
-    from ray.job_submission import JobStatus
+    def __init__(self) -> None:
+        self.jobs = [self._job("ended", {"evatok_run": "elsewhere"}, JobStatus.FAILED)]
 
-    def job(name, run, status):
-        return SimpleNamespace(
-            submission_id=name, metadata={"evatok_run": run, "evatok_task": "t"}, status=status
-        )
+    def _job(self, name, metadata, status):
+        return SimpleNamespace(submission_id=name, metadata=metadata, status=status)
 
-    jobs = [
-        job("a", "x", JobStatus.FAILED),
-        job("b", "y", JobStatus.RUNNING),
-        job("c", "x", JobStatus.PENDING),
-    ]
-    client = SimpleNamespace(list_jobs=lambda: jobs)
-    assert _working_on(client, "x") == ("c", "t")
-    assert _working_on(client, "z") is None
+    def list_jobs(self):
+        return self.jobs
+
+    def submit_job(self, *, entrypoint, submission_id, runtime_env, metadata):
+        self.jobs.append(self._job(submission_id, metadata, JobStatus.RUNNING))
+        self.entrypoint = entrypoint
+        return submission_id
+
+    def get_job_status(self, name):
+        return JobStatus.RUNNING
 
 
-def test_running_job_is_not_taken_for_one_with_other_options(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("evatok.distributed.jobs._client", lambda address: None)
-    monkeypatch.setattr("evatok.distributed.jobs._working_on", lambda client, run: ("job-1", "another task"))
-    words = ["submit", "experiments/tiny.yaml", "--set", f"storage={tmp_path}", "--redo", "router"]
-    assert main(words) == 2
-    assert "ray job stop job-1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("again", "code"),
+    [([], 0), (["--redo=router"], 0), (["--redo=index"], 2), (["--until=proxy"], 2), (["--set=seed=7"], 2)],
+)
+def test_job_that_does_the_same_is_followed_also_without_its_redo(monkeypatch, tmp_path, capsys, again, code):
+    server = Server()
+    monkeypatch.setattr("evatok.distributed.jobs._client", lambda address: server)
+    words = ["submit", "experiments/tiny.yaml", "--set", f"storage={tmp_path}", "--no-follow"]
+    assert main([*words, "--redo", "router"]) == 0
+    assert server.entrypoint.endswith("run experiment.yaml --redo=router")
+    assert f"to go on: evatok {' '.join(words)}\n" in capsys.readouterr().err
+    assert main([*words, *again]) == code
+    assert len(server.jobs) == 2
+    job = server.jobs[-1].submission_id
+    assert (f"ray job stop {job}" if code else f"{job} is working on") in capsys.readouterr().err

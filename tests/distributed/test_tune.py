@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from evatok.artifacts import Location
 from evatok.distributed.fanout import ShardOutput, fan_out
 from evatok.distributed.schedule import Shard
-from evatok.distributed.tune import Asha, Finished, MissingObjectiveError, Parameter, search
+from evatok.distributed.tune import Asha, Finished, MissingObjectiveError, Parameter, _grid, search
 from evatok.errors import UserError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -40,6 +40,7 @@ def run(
     trial,
     objectives,
     *,
+    space=SPACE,
     finished=(),
     unfinished=(),
     trials=4,
@@ -58,7 +59,7 @@ def run(
 
     search(
         trial,
-        SPACE,
+        space,
         objectives,
         trials=trials,
         finished=finished,
@@ -75,7 +76,6 @@ def run(
     return ends
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
 def test_interrupted_search_runs_only_what_is_missing(ray_cluster, tmp_path, searcher):
     first = run(quadratic(tmp_path), {"loss": "min"}, trials=1, searcher=searcher)
@@ -91,10 +91,47 @@ def test_interrupted_search_runs_only_what_is_missing(ray_cluster, tmp_path, sea
     assert again(finished=first + second) == []
 
 
+def test_grid_tries_every_combination_that_is_not_over():
+    space = {"x": Parameter(choice=(1, 2)), "shape": Parameter(choice=([1, 2], [3]))}
+    every = _grid(space, [])
+    assert every == [{"x": x, "shape": shape} for x in (1, 2) for shape in ([1, 2], [3])]
+    over = Finished(every[2], {"loss": 1.0}, "done")
+    assert _grid(space, [over]) == [*every[:2], every[3]]
+
+
 def test_several_objectives_reach_the_searcher(ray_cluster, tmp_path):
     ends = run(quadratic(tmp_path), {"loss": "min", "tokens": "min"}, searcher="optuna", trials=2)
     assert len(ends) == 2
     assert all({"loss", "tokens"} <= set(one.metrics) for one in ends)
+
+
+def volume(points, corner=(2.0, 2.0)) -> float:
+    """What the points leave behind them, up to the corner: larger for the better front of two minima."""
+    found, lowest = 0.0, corner[1]
+    for first, second in sorted(points):
+        if first < corner[0] and second < lowest:
+            found += (corner[0] - first) * (lowest - second)
+            lowest = second
+    return found
+
+
+def test_front_of_a_search_is_not_dominated_by_the_grids_of_as_many_trials(ray_cluster):
+    """Between the goals (0, 0) and (1, 0) nothing beats anything; every step aside is lost in both."""
+
+    def losses(x, y):
+        return x**2 + y**2, (x - 1) ** 2 + y**2
+
+    def trial(values, report):
+        return dict(zip(("first", "second"), losses(values["x"], values["y"]), strict=True))
+
+    space = {"x": Parameter(uniform=(0, 1)), "y": Parameter(uniform=(-1, 1))}
+    aims = {"first": "min", "second": "min"}
+    ends = run(trial, aims, space=space, searcher="optuna", trials=16)
+    found = [(one.metrics["first"], one.metrics["second"]) for one in ends]
+    steps = [n / 3 for n in range(4)]
+    grid = [losses(x, 2 * y - 1) for x in steps for y in steps]
+    assert volume(found) > volume(grid)
+    assert any(all(one[0] < other[0] or one[1] < other[1] for other in grid) for one in found)
 
 
 def test_trial_that_falls_behind_is_stopped_and_its_cpu_is_free(ray_cluster, tmp_path):

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy import Rows
 
 from evatok.artifacts import Location
-from evatok.assignment.reward import RewardStatistics, RewardWeights
+from evatok.assignment.reward import RewardStatistics, RewardWeights, percentile
 from evatok.assignment.space import AssignmentSpace
 from evatok.assignment.table import RewardRows, to_table
 from evatok.models.router import Router, RouterConfig, RouterObjective
@@ -83,6 +83,17 @@ def test_a_router_learns_which_clips_need_tokens(
     percentiles = [row["reward_percentile"] for row in rows if row["split"] == "eval"]
     assert len(percentiles) == 2
     assert percentiles[-1] > 95
+
+
+def test_gain_is_the_distance_to_the_best_fixed_assignment_of_the_training_clips(table: Location) -> None:
+    built = task(table)
+    modules = built.build(torch.device("cpu"))
+    clips = batch(torch.arange(CLIPS))
+    means = {name: value.item() for name, value in built.evaluate(modules, clips).items()}
+    rewards = built._rewards(clips, built.weights)
+    fixed = rewards.mean(0).argmax().repeat(CLIPS)
+    found = built.summary(means)
+    assert found["gain"] == pytest.approx(found["reward_percentile"] - percentile(rewards, fixed), abs=1e-3)
 
 
 def test_the_exported_router_loads(table: Location, tmp_path: Path) -> None:
