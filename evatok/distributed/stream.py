@@ -39,7 +39,8 @@ TASK_CPUS = 0.5
 _BLOCK_ROWS = 48
 _POSITIONS_PER_EXECUTION = 1 << 18
 _POSITIONS_PER_READ = 1 << 16
-_NEIGHBOURS = 16  # clips in a row that may fail before the stream gives up
+_VIDEOS_TRIED = 16  # that may fail one after another before the stream gives up
+_ROWS_AHEAD = 256  # looked at together for the next video
 _PATIENCE = (1.0, 4.0, 16.0)  # seconds to wait for a storage that fails before a clip is replaced
 
 
@@ -104,8 +105,9 @@ def clip_stream(
     """The clips at the positions start, ..., start + count - 1 of `order` over `index`, decoded in tasks.
 
     Rows: clip uint8 [C, F, H, W]; position int64; row int64, of the whole index; replaced bool; with `labels`
-    also label int64, the label's place in that list or -1. A clip that cannot be decoded is replaced by its
-    successor in the index (`row` is then the successor's, and `replaced` is true). The sampling rate and the
+    also label int64, the label's place in that list or -1. A clip that cannot be decoded is replaced by the
+    next clip of another video in the index (`row` is then that one's, and `replaced` is true), as what spoils
+    one clip of a file often spoils them all. The sampling rate and the
     limits are the index's. Random crops and flips follow from (`seed`, position). Prepared clips are used
     where there are.
     """
@@ -258,10 +260,9 @@ class ClipFetch:
             prepared = None
         with self._decoder() as decode:
             for k, position in enumerate(positions):
-                for step in range(_NEIGHBOURS):
-                    if step:
-                        successor = (clips[k] + step) % len(self.index)
-                        (used[k],) = self.index.take(np.asarray([successor]), columns).to_pylist()
+                for clip in self._candidates(int(clips[k]), used[k]):
+                    if clip != clips[k]:
+                        (used[k],) = self.index.take(np.asarray([clip]), columns).to_pylist()
                         replaced[k] = True
                     if used[k]["row"] in bad:
                         continue
@@ -276,8 +277,8 @@ class ClipFetch:
                             self.index.report(used[k]["row"], error)
                 else:
                     raise RuntimeError(
-                        f"{_NEIGHBOURS} clips in a row cannot be decoded, the last is {used[k]['uri']}. "
-                        "Was the data moved or deleted since it was indexed?"
+                        f"Clips of up to {_VIDEOS_TRIED} videos in a row cannot be decoded, the last is of "
+                        f"{used[k]['uri']}. Was the data moved or deleted since it was indexed?"
                     )
         found: Columns = {
             "clip": pixels,
@@ -288,6 +289,19 @@ class ClipFetch:
             places = {label: place for place, label in enumerate(self.labels)}
             found["label"] = np.asarray([places.get(clip["label"], -1) for clip in used], np.int64)
         return found
+
+    def _candidates(self, clip: int, row: dict[str, Any]) -> Iterator[int]:
+        """The clip, then the first clip of each other video that follows it in the index."""
+        yield clip
+        tried = {row["uri"]}
+        for low in range(clip + 1, clip + len(self.index), _ROWS_AHEAD):
+            ahead = np.arange(low, min(low + _ROWS_AHEAD, clip + len(self.index))) % len(self.index)
+            for other, uri in zip(ahead, self.index.take(ahead, ("uri",))["uri"].to_pylist()):
+                if len(tried) == _VIDEOS_TRIED:
+                    return
+                if uri not in tried:
+                    tried.add(uri)
+                    yield int(other)
 
     @contextmanager
     def _decoder(self) -> Iterator[Callable[..., Any]]:

@@ -133,6 +133,22 @@ def test_a_clip_that_cannot_be_decoded_is_replaced_by_its_successor(ray_cluster,
         assert seen[position] == ((7, True) if row in (5, 6) else (row, False))
 
 
+def test_the_clips_of_one_long_bad_video_are_replaced_by_those_of_others(index, tmp_path):
+    from evatok.distributed.stream import ClipFetch
+
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("no video")
+    rows = index.take(np.arange(8)).drop_columns("row").to_pylist()
+    long = [{**rows[0], "clip_id": f"broken#{number}", "uri": str(broken)} for number in range(300)]
+    location = Location.parse(tmp_path)
+    table = pa.Table.from_pylist([*rows[:4], *long, *rows[4:]], SCHEMA)
+    write_index(location, table, REJECTED_SCHEMA.empty_table())
+    fetch = ClipFetch(ClipIndex.open(location), FORMAT, seed=0)
+    fetched = fetch(np.arange(3), np.array([4, 100, 303]))
+    assert fetched["row"].tolist() == [304] * 3
+    assert fetched["replaced"].all()
+
+
 def test_a_clip_that_kills_its_decoder_is_found_out_named_and_left_alone(ray_cluster, index, tmp_path):
     from evatok.distributed.stream import ClipFetch, ordered_stream
 
