@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from evatok.stages.fanning import follow
 from evatok.stages.listing import LISTING, Listing, read_rows
 from evatok.stages.materialize import materialize
 from evatok.stages.stage import Stage, StageContext
-from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, probe
+from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, StorageError, probe
 from evatok.video.guard import Guard
 from evatok.video.index import CLIPS, REJECTED, REJECTED_SCHEMA, SCHEMA, IndexWriter, SourceShare, clip_starts
 from evatok.video.sources import AnySource, MixtureSource
@@ -42,7 +43,8 @@ _KEY = b"evatok-index"
 _VIDEOS_PER_TASK = 128
 
 # What may be mended without a change of the file: it is probed again in every index.
-_PASSING = ("timeout", "missing")
+_PASSING = ("timeout", "missing", "storage")
+_PATIENCE = (1.0, 4.0, 16.0)  # seconds before files that a storage did not deliver are asked for again
 
 _PROBED = pa.schema(
     [
@@ -238,12 +240,28 @@ def _probed(
 
 
 def _probe_shard(spec: tuple[IndexConfig, Location, int, NDArray[np.int64]], guard: Guard) -> ShardOutput:
+    """Rejects a file that its storage keeps failing to deliver; raises StorageError if that is most files."""
     from evatok.distributed.fanout import ShardOutput
 
     config, location, version, rows = spec
     listed = read_rows(location, version, rows)
-    found = [{**video, **_probe_video(config, video["uri"], guard)} for video in listed]
-    return ShardOutput(pa.Table.from_pylist(found, _PROBED))
+    found: list[dict[str, Any]] = [{} for _ in listed]
+    sought = list(range(len(listed)))
+    for pause in (0.0, *_PATIENCE):
+        time.sleep(pause)
+        failed = []
+        for k in sought:
+            try:
+                found[k] = _probe_video(config, listed[k]["uri"], guard)
+            except StorageError as error:
+                failed.append(k)
+                found[k] = {"code": "storage", "detail": str(error)}
+                if 2 * len(failed) > len(listed):
+                    raise
+        if not (sought := failed):
+            break
+    table = pa.Table.from_pylist([{**video, **result} for video, result in zip(listed, found)], _PROBED)
+    return ShardOutput(table)
 
 
 def _probe_video(config: IndexConfig, uri: str, guard: Guard) -> dict[str, Any]:

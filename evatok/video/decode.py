@@ -42,6 +42,7 @@ Reason = Literal[
     "corrupt",  # frames are damaged or cannot be decoded
     "timeout",  # took longer than the time limit
     "crash",  # the decoder took its process down
+    "storage",  # the storage keeps failing to deliver it, and it alone
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,20 @@ from evatok.artifacts import Location
 from evatok.errors import UserError
 from evatok.experiment import read_experiment
 from evatok.stages.fanning import ClipReader
-from evatok.stages.index import _PROBED, IndexConfig, _known, _place_in, _probe_shard, _write, build_index
+from evatok.stages.index import (
+    _KEY,
+    _PROBED,
+    PROBED,
+    IndexConfig,
+    _key,
+    _known,
+    _place_in,
+    _probe_shard,
+    _write,
+    build_index,
+)
 from evatok.stages.listing import Listing
-from evatok.video.decode import ClipFormat, DecodeError, StorageError
+from evatok.video.decode import ClipFormat, DecodeError, StorageError, VideoInfo
 from evatok.video.index import ClipIndex, IndexWriter
 from evatok.video.sources import FolderSource, SyntheticSource, Video, WebVidSource
 from evatok.video.synthetic import write_videos
@@ -130,8 +142,29 @@ def test_a_storage_that_fails_ends_the_task_and_rejects_nothing(tmp_path):
     def out_of_order(function, uri, *rest):
         raise StorageError(f"{uri}: 503 Slow Down")
 
-    with pytest.raises(StorageError, match=r"0000000\.mp4: 503"):
+    with pytest.raises(StorageError, match=r"\.mp4: 503"):
         _probe_shard((config, listing.location, listing.version, listing.rows), out_of_order)
+
+
+def test_a_file_that_alone_cannot_be_delivered_is_rejected_and_probed_again_next_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("evatok.stages.index._PATIENCE", (0.0, 0.0))
+    location = Location.parse(tmp_path)
+    listing, _, _ = many_videos(location, 8, 1)
+    config = folder_index("/videos")
+    asked = Counter()
+
+    def archived(function, uri, *rest):
+        asked[uri] += 1
+        if uri.endswith("3.mp4") or (uri.endswith("4.mp4") and asked[uri] == 1):
+            raise StorageError(f"{uri}: 403 InvalidObjectState")
+        return VideoInfo(64, 48, np.arange(16) / 8, "h264")
+
+    spec = (config, listing.location, listing.version, listing.rows)
+    found = _probe_shard(spec, archived).table
+    assert [(k, code) for k, code in enumerate(found["code"].to_pylist()) if code] == [(3, "storage")]
+    assert "InvalidObjectState" in found["detail"][3].as_py()
+    location.write_table(PROBED, found.replace_schema_metadata({_KEY: _key(config)}))
+    assert _known(config, location).num_rows == 7
 
 
 def test_the_clips_of_many_videos_are_written_in_bounded_memory(tmp_path):
