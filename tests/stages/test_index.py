@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from evatok.artifacts import Location
@@ -165,6 +168,21 @@ def test_a_file_that_alone_cannot_be_delivered_is_rejected_and_probed_again_next
     assert "InvalidObjectState" in found["detail"][3].as_py()
     location.write_table(PROBED, found.replace_schema_metadata({_KEY: _key(config)}))
     assert _known(config, location).num_rows == 7
+
+
+def test_files_of_a_remote_storage_are_looked_for_at_once(tmp_path, monkeypatch):
+    together = threading.Barrier(32)
+    look = MemoryFileSystem.info
+
+    def info(system, path, **options):
+        together.wait(timeout=10)
+        return look(system, path, **options)
+
+    fsspec.filesystem("memory").pipe("/bucket/5.mp4", b"video")
+    listed = [Video(f"{k}.mp4", f"memory://bucket/{k}.mp4") for k in range(32)]
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    listing = Listing.write(listed, Location.parse(tmp_path), seed=0)
+    assert listing.bytes.tolist() == [5 if k == 5 else -1 for k in range(32)]
 
 
 def test_the_clips_of_many_videos_are_written_in_bounded_memory(tmp_path):
