@@ -95,7 +95,7 @@ def build_index(
     the earlier run was killed. `on_progress` is told of the probing, in videos. Returns the headline counts.
     Raises UserError when the source has no usable video.
     """
-    listing = Listing.write(config.source.videos(location), location, seed)
+    listing = Listing.write(config.source.videos(location, config.limits), location, seed)
     known = _known(config, location)
     place = _place_in(known, listing)
     todo = np.flatnonzero((place < 0) & listing.sound)

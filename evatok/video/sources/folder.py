@@ -8,6 +8,7 @@ from pydantic import Field
 from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.errors import UserError
+from evatok.video.decode import MediaLimits
 from evatok.video.sources.video import Video, files, folder
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
@@ -21,7 +22,7 @@ class FolderSource(Config):
     kind: Literal["folder"] = "folder"
     path: str = Field(description="folder or URI that holds the videos")
 
-    def videos(self, workspace: Location) -> Iterator[Video]:
+    def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
         """Raises UserError when there is no such folder or no such file in it."""
         root = folder(self.path, "index.source.path")
         count = 0

@@ -8,6 +8,7 @@ from pydantic import Field
 from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.errors import UserError
+from evatok.video.decode import MediaLimits
 from evatok.video.sources.table import rows
 from evatok.video.sources.video import OUTSIDE, Video, below, folder
 
@@ -25,7 +26,7 @@ class KineticsSource(Config):
         description="where a segment's file is below `path`, in terms of the columns",
     )
 
-    def videos(self, workspace: Location) -> Iterator[Video]:
+    def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
         """The validation split counts as test."""
         root = folder(self.path, "index.source.path")
         for row in rows(self.csv, _COLUMNS):

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from evatok.artifacts import Location
 from evatok.config import Config
+from evatok.video.decode import MediaLimits
 from evatok.video.sources.folder import FolderSource
 from evatok.video.sources.kinetics import KineticsSource
 from evatok.video.sources.synthetic import SyntheticSource
@@ -34,8 +35,8 @@ class MixtureSource(Config):
     kind: Literal["mixture"] = "mixture"
     parts: dict[str, Part] = Field(min_length=1, description="sources by a name of your own")
 
-    def videos(self, workspace: Location) -> Iterator[Video]:
+    def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
         """Names begin with the part's."""
         for name, part in self.parts.items():
-            for video in part.source.videos(workspace):
+            for video in part.source.videos(workspace, limits):
                 yield replace(video, name=f"{name}/{video.name}", part=name)

@@ -10,7 +10,7 @@ import pyarrow.fs as pafs
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
-from evatok.video.decode import Reason
+from evatok.video.decode import MediaLimits, Reason
 
 OUTSIDE: tuple[Reason, str] = ("outside", "its path leaves the data root, or can be no path")
 _LONGEST_NAME = 255  # bytes, on every file system in use
@@ -40,8 +40,10 @@ class Video:
 class Source(Protocol):
     """Where videos come from: a config that can list them."""
 
-    def videos(self, workspace: Location) -> Iterator[Video]:
+    def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
         """All videos, in a stable order; `workspace`: the folder for what the source makes itself.
+
+        `limits`: what a file that the source fetches may ask of us.
 
         Raises UserError when the source as a whole is not there or not what it should be.
         """
