@@ -26,7 +26,7 @@ from evatok.video.decode import ClipFormat, DecodeError, StorageError, decode_cl
 from evatok.video.guard import Guard
 from evatok.video.index import PREPARED, ClipIndex
 from evatok.video.order import Order
-from evatok.video.prepared import PreparedClips
+from evatok.video.prepared import DamagedError, PreparedClips
 
 Columns = dict[str, NDArray[np.generic]]
 Fetch = Callable[[NDArray[np.int64], NDArray[np.int64]], Columns]
@@ -109,7 +109,7 @@ def clip_stream(
     next clip of another video in the index (`row` is then that one's, and `replaced` is true), as what spoils
     one clip of a file often spoils them all. The sampling rate and the
     limits are the index's. Random crops and flips follow from (`seed`, position). Prepared clips are used
-    where there are.
+    where there are and whole.
     """
     if order.clips != len(index):
         raise ValueError(f"an order of {order.clips} clips for an index of {len(index)}")
@@ -330,9 +330,13 @@ class ClipFetch:
         clip_format = self.clip_format.model_copy(update={"fps": clip["fps"]})
         draw = np.random.default_rng((self.seed % 2**64, position))
         if prepared is not None:
-            pixels = prepared.clip(clip["row"])
-            out[:] = pixels[..., ::-1] if clip_format.drawn(draw)[1] else pixels
-            return
+            try:
+                pixels = prepared.clip(clip["row"])
+            except DamagedError as error:
+                log.warning("decoding clip %d itself: %s", clip["row"], error)
+            else:
+                out[:] = pixels[..., ::-1] if clip_format.drawn(draw)[1] else pixels
+                return
         decode(clip["uri"], clip["start"], clip_format, draw, self.index.limits, out=out)
 
 

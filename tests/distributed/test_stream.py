@@ -21,7 +21,7 @@ from evatok.distributed.stream import Dealing
 from evatok.video.decode import ClipFormat, StorageError, decode_clip, probe
 from evatok.video.index import PREPARED, REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.order import ClipOrder
-from evatok.video.prepared import PreparedClips
+from evatok.video.prepared import PreparedClips, file_name
 from evatok.video.synthetic import write_videos
 
 FORMAT = ClipFormat(frames=8, size=32)
@@ -220,6 +220,12 @@ def test_clips_prepared_at_one_size_are_made_again_after_an_attempt_at_another(
     assert module.materialize(location, 8, 32, MediaLimits()) == 0
     prepared = PreparedClips.open(location / PREPARED)
     assert prepared.clip(0).shape == (3, 8, 32, 32)
+    # A file that was cut short since is made again too.
+    (file,) = (tmp_path / PREPARED).glob("*.arrow")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    assert module.materialize(location, 8, 32, MediaLimits()) == 0
+    assert file.read_bytes() == whole
 
 
 def test_prepared_clips_give_the_same_stream(ray_cluster, index, tmp_path):
@@ -243,6 +249,23 @@ def test_prepared_clips_give_the_same_stream(ray_cluster, index, tmp_path):
     for one, other in zip(decoded, read(), strict=True):
         for name, column in one.items():
             np.testing.assert_array_equal(column, other[name])
+
+
+def test_a_prepared_file_that_is_damaged_costs_its_time_and_no_clip(index, tmp_path):
+    from evatok.distributed.stream import ClipFetch
+
+    location = Location.parse(tmp_path)
+    rows = index.take(np.arange(len(index))).drop_columns("row")
+    write_index(location, rows, REJECTED_SCHEMA.empty_table())
+    fetch = ClipFetch(ClipIndex.open(location), FORMAT, seed=0)
+    positions, clips = np.arange(3), np.array([1, 2, 35])
+    decoded = fetch(positions, clips)
+    (tmp_path / PREPARED).mkdir()
+    (tmp_path / PREPARED / file_name(0)).write_bytes(b"no Arrow file")
+    PreparedClips(location / PREPARED, 8, 32).finish()
+    fetched = fetch(positions, clips)
+    np.testing.assert_array_equal(fetched["clip"], decoded["clip"])
+    assert not fetched["replaced"].any()
 
 
 def test_data_that_moved_away_ends_the_stream_with_a_reason(ray_cluster, index, tmp_path):
