@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PROBED = "probed.parquet"  # what is known of every file, so that only new and changed ones are probed again
 VERSION = 1
 _PROBES = "probes"
-_PROBING = 2  # raise it when rows of probes change their meaning
+_PROBING = 3  # raise it when rows of probes change their meaning
 _KEY = b"evatok-index"
 _VIDEOS_PER_TASK = 128
 

@@ -19,6 +19,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile
 
 from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, StorageError, decode_clip, probe
+from evatok.video.index import clip_starts
 
 SHORT = ClipFormat(frames=8, size=48)
 
@@ -83,6 +84,16 @@ def test_a_variable_frame_rate_is_cut_by_time_and_not_by_frame_number(tmp_path, 
     shown = [int(np.searchsorted(info.times, start + k / 4 + 1e-4, side="right")) - 1 for k in range(8)]
     clip = decode_clip(str(path), start, sampled)
     np.testing.assert_array_equal(clip, reference[shown].transpose(1, 0, 2, 3))
+
+
+def test_every_clip_that_a_variable_frame_rate_is_offered_for_can_be_cut(tmp_path, write, moving):
+    """The frames at the end follow quickly, so that the mean interval is far longer than the last."""
+    ticks = [*range(0, 2000, 200), *range(2000, 2200, 10)]
+    path = write(tmp_path / "vfr.mp4", moving(len(ticks)), ticks=ticks)
+    info, sampled = probe(str(path)), ClipFormat(frames=8, size=48, fps=14)
+    assert info.end == pytest.approx(2.2)
+    for start in clip_starts(info, sampled, stride=1, limit=None):
+        decode_clip(str(path), start, sampled)
 
 
 def test_sampling_faster_than_the_video_repeats_frames(tmp_path, write, moving, decoded):
