@@ -8,7 +8,14 @@ import pytest
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
-from evatok.video.sources import FolderSource, KineticsSource, SyntheticSource, Ucf101Source, WebVidSource
+from evatok.video.sources import (
+    FolderSource,
+    KineticsSource,
+    MixtureSource,
+    SyntheticSource,
+    Ucf101Source,
+    WebVidSource,
+)
 
 
 @pytest.fixture
@@ -37,6 +44,13 @@ def test_a_name_that_is_not_utf8_is_rejected_by_a_readable_one(tmp_path, workspa
         ("a\\xff.mp4", True),
         ("b.mp4", False),
     ]
+
+
+def test_a_part_of_a_mixture_whose_turn_would_never_come_is_refused():
+    parts = {name: {"source": {"kind": "synthetic"}, "weight": w} for name, w in (("big", 3000), ("dust", 1))}
+    with pytest.raises(ValueError, match="'dust' is below 1/1000"):
+        MixtureSource.model_validate({"parts": parts})
+    MixtureSource.model_validate({"parts": {**parts, "dust": {**parts["dust"], "weight": 3}}})
 
 
 def test_links_that_lead_back_multiply_no_file(tmp_path, workspace):
