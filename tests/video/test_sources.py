@@ -142,6 +142,15 @@ def test_kinetics_rows_without_times_are_rejected_alone(tmp_path, workspace):
     assert {video.problem and video.problem[0] for video in deep.videos(workspace)} == {"outside", "missing"}
 
 
+def test_kinetics_takes_the_lists_of_several_splits_in_turn(tmp_path, workspace):
+    for split in ("train", "val"):
+        row = f"run,of_{split},1,11,{split}"
+        (tmp_path / f"{split}.csv").write_text(f"label,youtube_id,time_start,time_end,split\n{row}\n")
+    lists = [str(tmp_path / f"{split}.csv") for split in ("train", "val")]
+    source = KineticsSource.model_validate({"path": str(tmp_path), "csv": lists})
+    assert [video.split for video in source.videos(workspace)] == ["train", "test"]
+
+
 def test_synthetic_videos_are_written_once(tmp_path, workspace):
     source = SyntheticSource(count=3, blocks=2, size=32)
     first = list(source.videos(workspace))
