@@ -55,13 +55,14 @@ def ordered_stream(
     batch: int | None = None,
     num_cpus: float = TASK_CPUS,
     label_selector: dict[str, str] | None = None,
+    name: str = "positions",
 ) -> ray.data.Dataset:
     """The positions start, ..., start + count - 1 of `order` as rows, fetched lazily by tasks.
 
     `fetch(positions [n], rows [n])` runs in a task for every block of exactly `rows_per_block` positions (the
     last may be shorter) and returns columns of n values each, to which `position` int64 is added. It must be
     picklable and depend on its arguments alone. `num_cpus`: logical CPUs that a task holds. `label_selector`:
-    labels of the nodes that may run the tasks.
+    labels of the nodes that may run the tasks. `name`: of the dataset on the dashboard and in metrics.
 
     With `batch`, a divisor of `rows_per_block`, blocks hold several batches of one worker each: when the
     blocks are dealt to `workers` in turn, the n-th batch of worker w is the n * workers + w-th of the order,
@@ -78,13 +79,15 @@ def ordered_stream(
     # as it likes: an evaluation, an upload or a debugger is no failure of the stream.
     positions.context.execution_no_progress_timeout_s = -1
     positions.context.execution_options.preserve_order = True
-    return positions.repartition(target_num_rows_per_block=rows_per_block, strict=True).map_batches(
+    dataset = positions.repartition(target_num_rows_per_block=rows_per_block, strict=True).map_batches(
         _fetched,
         fn_kwargs={"order": order, "fetch": fetch},
         batch_size=None,
         num_cpus=num_cpus,
         label_selector=label_selector,
     )
+    dataset.set_name(name)
+    return dataset
 
 
 def clip_stream(
@@ -124,6 +127,7 @@ def clip_stream(
         batch=batch,
         num_cpus=num_cpus,
         label_selector=label_selector,
+        name="clips",
     )
 
 

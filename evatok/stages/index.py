@@ -87,19 +87,24 @@ Report = Callable[["Progress"], None]
 
 
 def build_index(
-    config: IndexConfig, location: Location, seed: int, on_progress: Report | None = None
+    config: IndexConfig,
+    location: Location,
+    seed: int,
+    on_progress: Report | None = None,
+    label_selector: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write the index of `config.source` into `location`; needs a connected Ray.
 
     Run again in the same place it probes new and changed files only (by size and time of change), also where
-    the earlier run was killed. `on_progress` is told of the probing, in videos. Returns the headline counts.
-    Raises UserError when the source has no usable video.
+    the earlier run was killed. `on_progress` is told of the probing, in videos. `label_selector`: labels of
+    the nodes that may probe. Returns the headline counts. Raises UserError when the source has no usable
+    video.
     """
     listing = Listing.write(config.source.videos(location, config.limits), location, seed)
     known = _known(config, location)
     place = _place_in(known, listing)
     todo = np.flatnonzero((place < 0) & listing.sound)
-    fresh = _probed(config, listing, todo, on_progress)
+    fresh = _probed(config, listing, todo, on_progress, label_selector)
     place[todo] = known.num_rows + np.arange(len(todo))
     videos = _contiguous(known, fresh)
     del known, fresh
@@ -209,7 +214,11 @@ def _contiguous(*tables: pa.Table) -> pa.Table:
 
 
 def _probed(
-    config: IndexConfig, listing: Listing, todo: NDArray[np.int64], report: Report | None
+    config: IndexConfig,
+    listing: Listing,
+    todo: NDArray[np.int64],
+    report: Report | None,
+    label_selector: dict[str, str] | None,
 ) -> pa.Table:
     """Probe these videos of the listing in tasks: one row each, in their order."""
     from evatok.distributed.fanout import fan_out, whole_shards
@@ -234,6 +243,7 @@ def _probed(
         target,
         key=_key(config),
         state=functools.partial(Guard, config.limits.time_limit),
+        label_selector=label_selector,
         on_progress=report,
     )
     return pa.concat_tables(whole_shards(target, _key(config)))
@@ -346,7 +356,8 @@ def _key(config: IndexConfig) -> str:
 def run(context: StageContext) -> dict[str, Any]:
     """The stage: see `build_index` and `materialize`."""
     config, location = context.config, context.location
-    counts = build_index(config, location, context.seed, follow(context, "videos", lambda _: {}))
+    place = context.resources.groups.selector("decode")
+    counts = build_index(config, location, context.seed, follow(context, "videos", lambda _: {}), place)
     if config.materialize:
         counts["undecodable"] = materialize(
             location,
@@ -354,6 +365,7 @@ def run(context: StageContext) -> dict[str, Any]:
             config.materialize,
             config.limits,
             follow(context, "clips", lambda _: {}),
+            place,
         )
     return counts
 

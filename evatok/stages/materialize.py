@@ -30,10 +30,12 @@ def materialize(
     size: int,
     limits: MediaLimits,
     on_progress: Callable[[Progress], None] | None = None,
+    label_selector: dict[str, str] | None = None,
 ) -> int:
     """Prepare the clips of the index in `location` at `size` pixels; needs a connected Ray.
 
-    Files in this format that are there and whole are kept. Returns how many clips could not be decoded.
+    Files in this format that are there and whole are kept. `label_selector`: labels of the nodes that may
+    decode. Returns how many clips could not be decoded.
     """
     from evatok.distributed.fanout import fan_out
     from evatok.distributed.schedule import Shard
@@ -57,6 +59,7 @@ def materialize(
         location / _RECORDS,
         key=key,
         state=functools.partial(Guard, limits.time_limit),
+        label_selector=label_selector,
         on_progress=on_progress,
     )
     PreparedClips(location / PREPARED, frames, size).finish()

@@ -290,6 +290,7 @@ def test_a_stream_leaves_the_settings_of_other_datasets_alone(ray_cluster, index
 
     dataset = stream(index, start=0, count=8, rows_per_block=4)
     shared = ray.data.DataContext.get_current()
+    assert dataset.name == "clips"
     assert dataset.context.execution_options.preserve_order
     assert dataset.context.execution_no_progress_timeout_s == -1
     assert not shared.execution_options.preserve_order

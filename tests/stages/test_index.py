@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -31,10 +32,12 @@ from evatok.stages.index import (
     _probe_shard,
     _write,
     build_index,
+    run,
 )
 from evatok.stages.listing import Listing
+from evatok.stages.stage import LABEL, Groups, Resources
 from evatok.video.decode import ClipFormat, DecodeError, StorageError, VideoInfo
-from evatok.video.index import ClipIndex, IndexWriter
+from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, IndexWriter, write_index
 from evatok.video.sources import FolderSource, SyntheticSource, Video, WebVidSource
 from evatok.video.synthetic import write_videos
 
@@ -279,6 +282,32 @@ def test_a_folder_of_images_becomes_clips_of_one_frame(ray_cluster, tmp_path):
         assert clip.shape == (3, 1, 48, 48)
         difference = clip[:, 0].transpose(1, 2, 0).astype(int) - originals[entry["clip_id"]][:, 8:56]
         assert np.abs(difference).mean() < 25
+
+
+def test_probing_and_preparing_run_where_the_resources_put_decoding(videos, tmp_path, monkeypatch):
+    asked = []
+
+    def fan_out(*_, label_selector, **options):
+        asked.append(label_selector)
+        return SimpleNamespace(rejected=[])
+
+    monkeypatch.setattr("evatok.distributed.fanout.fan_out", fan_out)
+    monkeypatch.setattr(
+        "evatok.distributed.fanout.whole_shards",
+        lambda target, key: [] if "prepared" in target.uri else [_PROBED.empty_table()],
+    )
+    monkeypatch.setattr("evatok.stages.index._write", lambda *_: {})
+    monkeypatch.setattr("evatok.stages.index.follow", lambda *_: None)
+    location = Location.parse(tmp_path)
+    write_index(location, SCHEMA.empty_table(), REJECTED_SCHEMA.empty_table())
+    context = SimpleNamespace(
+        config=folder_index(videos, materialize=32),
+        location=location,
+        seed=0,
+        resources=Resources(groups=Groups(decode="cpus")),
+    )
+    assert run(context)["undecodable"] == 0
+    assert asked == [{LABEL: "cpus"}] * 2
 
 
 def test_a_mixture_remembers_whose_turn_comes_how_often(ray_cluster, videos, tmp_path):
