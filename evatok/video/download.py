@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import http.client
 import ipaddress
+import os
 import random
 import socket
 import ssl
@@ -116,7 +117,7 @@ def download_all(
         while True:
             room = min(4 * config.concurrency - len(pending), _AHEAD - len(window))
             for thing, item in islice(waiting, room):
-                future = None if item is None or item.path.exists() else pool.submit(fetched, item)
+                future = None if item is None or os.path.exists(item.path) else pool.submit(fetched, item)
                 window.append((thing, future))
                 pending |= {future} if future else set()
             if not window:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,13 +81,13 @@ def _local_files(root: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tu
 
     def walk(path: str) -> Iterator[os.DirEntry[str]]:
         with os.scandir(path or "/") as entries:
-            found = sorted(entries, key=lambda entry: entry.name + "/" * _is_folder(entry))
+            found = sorted(entries, key=lambda entry: entry.name + "/" * _is(entry.is_dir))
         for entry in found:
-            if _is_folder(entry):
+            if _is(entry.is_dir):
                 if not (entry.is_symlink() and _identity(entry.stat()) in visited):
                     visited.add(_identity(entry.stat()))
                     yield from walk(entry.path)
-            elif entry.name.lower().endswith(suffixes) and os.path.isfile(entry.path):
+            elif entry.name.lower().endswith(suffixes) and _is(entry.is_file):
                 yield entry
 
     visited.add(_identity(os.stat(root or "/")))
@@ -96,8 +96,12 @@ def _local_files(root: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tu
         yield entry.path[len(root) + 1 :], (state.st_size, state.st_mtime_ns)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return os.path.isdir(entry.path)  # False where a link leads nowhere or to itself
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind, which a link that leads to itself is not."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _identity(state: os.stat_result) -> tuple[int, int]:
