@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -113,20 +113,24 @@ def download_all(
         stack.callback(stop.set)
         window: deque[tuple[T, Future[DecodeError | None] | None]] = deque()
         pending: set[Future[DecodeError | None]] = set()
+        ended: SimpleQueue[Future[DecodeError | None]] = SimpleQueue()  # in the order of their ends
         silent = 0
         while True:
             room = min(4 * config.concurrency - len(pending), _AHEAD - len(window))
             for thing, item in islice(waiting, room):
-                future = None if item is None or os.path.exists(item.path) else pool.submit(fetched, item)
+                future = None
+                if item is not None and not os.path.exists(item.path):
+                    future = pool.submit(fetched, item)
+                    pending.add(future)
+                    future.add_done_callback(ended.put)
                 window.append((thing, future))
-                pending |= {future} if future else set()
             if not window:
                 return
             while window and window[0][1] not in pending:
                 thing, future = window.popleft()
                 yield thing, future.result() if future else None
-            done, pending = wait(pending, return_when=FIRST_COMPLETED) if pending else (set(), pending)
-            for future in done:
+            if pending:
+                pending.remove(future := ended.get())
                 error = future.result()
                 silent = silent + 1 if isinstance(error, _NoAnswerError) else 0
                 if silent == _SILENT:
