@@ -265,6 +265,9 @@ def _cut(
             raise DecodeError("too_short", f"{uri}: {filled} of {wanted} frames from {start:.3f} s on")
 
 
+_READ = 1 << 20  # bytes asked of a remote storage at once; libav reads local files by itself
+
+
 @contextmanager
 def _opened(uri: str, limits: MediaLimits) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its main video stream; every fault of the file leaves as DecodeError."""
@@ -279,6 +282,7 @@ def _opened(uri: str, limits: MediaLimits) -> Iterator[tuple[av.container.InputC
                 # The frame rate is measured from timestamps, so libav need not decode to guess it. A playlist
                 # that calls itself a video must not make us ask other machines.
                 container_options={"fpsprobesize": "0", "protocol_whitelist": "file"},
+                buffer_size=_READ,
                 timeout=limits.time_limit,
             ) as container,
         ):
