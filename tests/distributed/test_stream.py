@@ -373,8 +373,8 @@ def test_memory_stays_flat_over_fifty_thousand_clips(ray_cluster, index):
     """Of every process by itself: Ray starts another worker now and then, which is no leak."""
     import psutil
 
-    small = ClipFormat(frames=8, size=32)
-    dataset = stream(index, start=0, count=50_000, rows_per_block=50, clip_format=small)
+    tiny = ClipFormat(frames=4, size=16)
+    dataset = stream(index, start=0, count=50_000, rows_per_block=50, clip_format=tiny)
     largest: list[float] = []
     for number, _ in enumerate(batches(dataset, 50)):
         if number % 50 == 49:
