@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 the input is wrong, 1 a fault (traceback in a log file), 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words)
+    args.again = _again(words)
     module, _, function = args.command.partition(":")
     with contextlib.suppress(ValueError):  # not the main thread: whoever runs us handles signals
         signal.signal(signal.SIGTERM, _interrupt)
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt:
             console.end()
-            print(f"\nInterrupted; what was finished is kept. To go on:\n  {_again(words)}", file=sys.stderr)
+            print(f"\nInterrupted; what was finished is kept. To go on:\n  {args.again}", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
             console.end()

@@ -21,17 +21,13 @@ def submit(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"{args.experiment}: storage: {experiment.storage!r} would lie in the job's own folder, which "
             "Ray deletes. Give a URI or an absolute path that every node sees: --set storage=..."
         )
-    options = [
-        word
-        for option in ("until", "redo")
-        if getattr(args, option) is not None
-        for word in (f"--{option}", getattr(args, option))
-    ]
+    console.log("submit", f"after a failure or Ctrl-C, to go on: {args.again}")
     job = jobs.submit(
         dump(experiment),
         name=experiment.name,
         run=experiment.location.uri,
-        options=options,
+        until=args.until,
+        redo=args.redo,
         address=args.address,
         follow=not args.no_follow,
         log=lambda message: console.log("submit", message),

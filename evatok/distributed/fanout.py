@@ -64,6 +64,7 @@ class ShardRecord:
     kept: bool = False
     failure: str = ""
     storage_full: bool = False
+    passing: bool = False  # the failure: of a storage, a network or a limit of the machine
     user_error: str = ""
 
 
@@ -151,7 +152,8 @@ def fan_out(
     rows depend on: a whole shard with the same key is kept, any other Parquet file in ``target``, a folder of
     this fan-out alone, is made again or removed.
 
-    A task that fails is tried ``retries`` times more; one lost with its node is always tried again.
+    A task that fails is tried ``retries`` times more, after growing pauses if it was an OSError; one lost
+    with its node is always tried again.
     Raises FanOutError when shards are missing at the end, at once when the storage is full, and the UserError
     that a task raised, at once.
     """
@@ -192,6 +194,8 @@ def fan_out(
                 slots, resized = _slots(cpus, gpus), now
             while attempt := schedule.start(now, slots):
                 running[task.remote([handle], attempt.shard)] = attempt
+            if not running:
+                time.sleep(POLL_SECONDS)
             ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
             for ref in ready:
                 attempt = running.pop(ref)
@@ -202,7 +206,7 @@ def fan_out(
                     raise UserError(record.user_error)
                 elif record.storage_full:
                     raise FanOutError(_full(target, record, len(records), len(shards)))
-                elif record.failure and schedule.failed(attempt):
+                elif record.failure and schedule.failed(attempt, now if record.passing else None):
                     log.warning("shard %s failed, trying again: %s", record.name, _last_line(record.failure))
                 elif record.failure:
                     log.error("shard %s given up:\n%s", record.name, record.failure)
@@ -241,7 +245,13 @@ def make_shard(job: Job, state: Any, shard: Shard) -> ShardRecord:
         return ShardRecord(shard.name, shard.items, user_error=str(error))
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in STORAGE_FULL
-        return ShardRecord(shard.name, shard.items, failure=traceback.format_exc(), storage_full=full)
+        return ShardRecord(
+            shard.name,
+            shard.items,
+            failure=traceback.format_exc(),
+            storage_full=full,
+            passing=isinstance(error, OSError),
+        )
     seconds = time.monotonic() - started
     return ShardRecord(shard.name, shard.items, output.table.num_rows, tuple(output.rejected), seconds)
 

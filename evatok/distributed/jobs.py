@@ -26,7 +26,8 @@ from evatok.errors import UserError
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _STARTING_SECONDS = 120.0
 _RUN = "evatok_run"  # in a job's metadata: the run that it works on
-_TASK = "evatok_task"  # and a digest of its config and options
+_TASK = "evatok_task"  # a digest of its config and its last stage
+_REDO = "evatok_redo"  # and the stage that it makes anew
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def submit(
     *,
     name: str,
     run: str,
-    options: Sequence[str],
+    until: str | None,
+    redo: str | None,
     address: str | None,
     follow: bool,
     log: Callable[[str], None],
@@ -50,21 +52,23 @@ def submit(
 ) -> Job:
     """Start ``evatok run`` on the cluster whose job server is at ``address``; with ``follow`` show its log.
 
-    ``experiment``: the merged experiment as YAML; ``run``: its folder's URI; ``options``: more words for
-    ``evatok run``. When a job is doing the same already, that one is followed and none is started.
+    ``experiment``: the merged experiment as YAML; ``run``: its folder's URI; ``until`` and ``redo``: as
+    ``evatok run`` has them. When a job is doing the same already, that one is followed and none is started,
+    also without the ``redo`` that it was started with.
     Raises UserError when no server answers or it refuses the token, when a job works on this run with another
     config or other options, and when the job ended with exit code 2; RuntimeError when it failed otherwise.
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     client = _client(address)
-    task = hashlib.sha256("\0".join([experiment, *options]).encode()).hexdigest()[:16]
+    options = [f"--{key}={stage}" for key, stage in (("until", until), ("redo", redo)) if stage]
+    task = hashlib.sha256(f"{experiment}\0{until}".encode()).hexdigest()[:16]
     found = _working_on(client, run)
     if found is None:
-        job = _start(client, experiment, name, options, {_RUN: run, _TASK: task})
+        job = _start(client, experiment, name, options, {_RUN: run, _TASK: task, _REDO: redo or ""})
         log(f"job {job} started; its run: {run}")
     else:
-        job, its_task = found
-        if its_task != task:
+        job, its = found
+        if its.get(_TASK) != task or redo not in (None, its.get(_REDO)):
             raise UserError(
                 f"job {job} is working on {run} with another config or other options. Stop it first"
                 f" (ray job stop {job} --address {address}), or give this experiment another name"
@@ -105,13 +109,13 @@ def _client(address: str) -> JobSubmissionClient:
     return client
 
 
-def _working_on(client: JobSubmissionClient, run: str) -> tuple[str, str] | None:
-    """The job that works on ``run``, and what it was told to do."""
+def _working_on(client: JobSubmissionClient, run: str) -> tuple[str, dict[str, str]] | None:
+    """The job that works on ``run``, and its metadata."""
     jobs: list[JobDetails] = client.list_jobs()
     for job in jobs:
         metadata = job.metadata or {}
         if metadata.get(_RUN) == run and not job.status.is_terminal():
-            return str(job.submission_id), metadata.get(_TASK, "")
+            return str(job.submission_id), metadata
     return None
 
 

@@ -17,6 +17,7 @@ STRAGGLER = 3.0  # times the expected seconds since submission after which a sha
 SHORTEST_STRAGGLER = 20.0  # seconds below which nobody is a straggler: a worker process takes some to start
 TAIL = 8  # the last 1/TAIL of the items ...
 TAIL_CUT = 4  # ... is cut into shards of 1/TAIL_CUT of the size
+PAUSES = (2.0, 12.0, 60.0)  # seconds before a shard is tried again that needs others to recover
 MEMORY = 512  # finished shards that the expected seconds are taken from
 
 
@@ -62,6 +63,7 @@ class Schedule:
         self.copied = 0
         self.finished: set[str] = set()
         self._waiting = deque(shards)
+        self._resting: list[tuple[float, Shard]] = []  # not before that time
         self._retries = retries
         self._running: dict[str, list[Attempt]] = {}
         self._failures: dict[str, int] = {}
@@ -70,10 +72,12 @@ class Schedule:
     @property
     def open(self) -> bool:
         """Whether anything is still to be started or waited for."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._resting)
 
     def start(self, now: float, slots: int) -> Attempt | None:
         """The next attempt to submit when ``slots`` tasks can run at once; None when it is time to wait."""
+        self._waiting.extendleft(shard for moment, shard in self._resting if moment <= now)
+        self._resting = [(moment, shard) for moment, shard in self._resting if moment > now]
         running = sum(map(len, self._running.values()))
         if self._waiting and running < QUEUED * slots:
             attempt = Attempt(self._waiting.popleft(), now, copy=False)
@@ -94,21 +98,28 @@ class Schedule:
         self._pace.append(seconds / max(1, attempt.shard.items))
         return True
 
-    def failed(self, attempt: Attempt) -> bool:
-        """An attempt failed by its own fault; False when the shard is given up."""
+    def failed(self, attempt: Attempt, rest_from: float | None = None) -> bool:
+        """An attempt failed by its own fault; False when the shard is given up.
+
+        ``rest_from``: the time now, if what it failed of may pass: the next try is then put off, ever longer.
+        """
         name = attempt.shard.name
-        self._failures[name] = self._failures.get(name, 0) + 1
-        if self._failures[name] > self._retries:
+        self._failures[name] = failures = self._failures.get(name, 0) + 1
+        if failures > self._retries:
             self._ended(attempt)
             return name in self._running
-        self.lost(attempt)
+        pause = PAUSES[min(failures, len(PAUSES)) - 1]
+        self.lost(attempt, None if rest_from is None else rest_from + pause)
         return True
 
-    def lost(self, attempt: Attempt) -> None:
-        """An attempt ended without a result and without fault: it is tried again first of all."""
+    def lost(self, attempt: Attempt, not_before: float | None = None) -> None:
+        """An attempt ended without a result: it is tried again first of all, once it is time."""
         self._ended(attempt)
         if attempt.shard.name not in self._running and attempt.shard.name not in self.finished:
-            self._waiting.appendleft(attempt.shard)
+            if not_before is None:
+                self._waiting.appendleft(attempt.shard)
+            else:
+                self._resting.append((not_before, attempt.shard))
             self.retried += 1
 
     def _ended(self, attempt: Attempt) -> None:

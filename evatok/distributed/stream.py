@@ -26,7 +26,7 @@ from evatok.video.decode import ClipFormat, DecodeError, StorageError, decode_cl
 from evatok.video.guard import Guard
 from evatok.video.index import PREPARED, ClipIndex
 from evatok.video.order import Order
-from evatok.video.prepared import PreparedClips
+from evatok.video.prepared import DamagedError, PreparedClips
 
 Columns = dict[str, NDArray[np.generic]]
 Fetch = Callable[[NDArray[np.int64], NDArray[np.int64]], Columns]
@@ -39,7 +39,8 @@ TASK_CPUS = 0.5
 _BLOCK_ROWS = 48
 _POSITIONS_PER_EXECUTION = 1 << 18
 _POSITIONS_PER_READ = 1 << 16
-_NEIGHBOURS = 16  # clips in a row that may fail before the stream gives up
+_VIDEOS_TRIED = 16  # that may fail one after another before the stream gives up
+_ROWS_AHEAD = 256  # looked at together for the next video
 _PATIENCE = (1.0, 4.0, 16.0)  # seconds to wait for a storage that fails before a clip is replaced
 
 
@@ -54,13 +55,14 @@ def ordered_stream(
     batch: int | None = None,
     num_cpus: float = TASK_CPUS,
     label_selector: dict[str, str] | None = None,
+    name: str = "positions",
 ) -> ray.data.Dataset:
     """The positions start, ..., start + count - 1 of `order` as rows, fetched lazily by tasks.
 
     `fetch(positions [n], rows [n])` runs in a task for every block of exactly `rows_per_block` positions (the
     last may be shorter) and returns columns of n values each, to which `position` int64 is added. It must be
     picklable and depend on its arguments alone. `num_cpus`: logical CPUs that a task holds. `label_selector`:
-    labels of the nodes that may run the tasks.
+    labels of the nodes that may run the tasks. `name`: of the dataset on the dashboard and in metrics.
 
     With `batch`, a divisor of `rows_per_block`, blocks hold several batches of one worker each: when the
     blocks are dealt to `workers` in turn, the n-th batch of worker w is the n * workers + w-th of the order,
@@ -77,13 +79,15 @@ def ordered_stream(
     # as it likes: an evaluation, an upload or a debugger is no failure of the stream.
     positions.context.execution_no_progress_timeout_s = -1
     positions.context.execution_options.preserve_order = True
-    return positions.repartition(target_num_rows_per_block=rows_per_block, strict=True).map_batches(
+    dataset = positions.repartition(target_num_rows_per_block=rows_per_block, strict=True).map_batches(
         _fetched,
         fn_kwargs={"order": order, "fetch": fetch},
         batch_size=None,
         num_cpus=num_cpus,
         label_selector=label_selector,
     )
+    dataset.set_name(name)
+    return dataset
 
 
 def clip_stream(
@@ -104,10 +108,11 @@ def clip_stream(
     """The clips at the positions start, ..., start + count - 1 of `order` over `index`, decoded in tasks.
 
     Rows: clip uint8 [C, F, H, W]; position int64; row int64, of the whole index; replaced bool; with `labels`
-    also label int64, the label's place in that list or -1. A clip that cannot be decoded is replaced by its
-    successor in the index (`row` is then the successor's, and `replaced` is true). The sampling rate and the
+    also label int64, the label's place in that list or -1. A clip that cannot be decoded is replaced by the
+    next clip of another video in the index (`row` is then that one's, and `replaced` is true), as what spoils
+    one clip of a file often spoils them all. The sampling rate and the
     limits are the index's. Random crops and flips follow from (`seed`, position). Prepared clips are used
-    where there are.
+    where there are and whole.
     """
     if order.clips != len(index):
         raise ValueError(f"an order of {order.clips} clips for an index of {len(index)}")
@@ -122,6 +127,7 @@ def clip_stream(
         batch=batch,
         num_cpus=num_cpus,
         label_selector=label_selector,
+        name="clips",
     )
 
 
@@ -258,10 +264,9 @@ class ClipFetch:
             prepared = None
         with self._decoder() as decode:
             for k, position in enumerate(positions):
-                for step in range(_NEIGHBOURS):
-                    if step:
-                        successor = (clips[k] + step) % len(self.index)
-                        (used[k],) = self.index.take(np.asarray([successor]), columns).to_pylist()
+                for clip in self._candidates(int(clips[k]), used[k]):
+                    if clip != clips[k]:
+                        (used[k],) = self.index.take(np.asarray([clip]), columns).to_pylist()
                         replaced[k] = True
                     if used[k]["row"] in bad:
                         continue
@@ -276,8 +281,8 @@ class ClipFetch:
                             self.index.report(used[k]["row"], error)
                 else:
                     raise RuntimeError(
-                        f"{_NEIGHBOURS} clips in a row cannot be decoded, the last is {used[k]['uri']}. "
-                        "Was the data moved or deleted since it was indexed?"
+                        f"Clips of up to {_VIDEOS_TRIED} videos in a row cannot be decoded, the last is of "
+                        f"{used[k]['uri']}. Was the data moved or deleted since it was indexed?"
                     )
         found: Columns = {
             "clip": pixels,
@@ -288,6 +293,19 @@ class ClipFetch:
             places = {label: place for place, label in enumerate(self.labels)}
             found["label"] = np.asarray([places.get(clip["label"], -1) for clip in used], np.int64)
         return found
+
+    def _candidates(self, clip: int, row: dict[str, Any]) -> Iterator[int]:
+        """The clip, then the first clip of each other video that follows it in the index."""
+        yield clip
+        tried = {row["uri"]}
+        for low in range(clip + 1, clip + len(self.index), _ROWS_AHEAD):
+            ahead = np.arange(low, min(low + _ROWS_AHEAD, clip + len(self.index))) % len(self.index)
+            for other, uri in zip(ahead, self.index.take(ahead, ("uri",))["uri"].to_pylist()):
+                if len(tried) == _VIDEOS_TRIED:
+                    return
+                if uri not in tried:
+                    tried.add(uri)
+                    yield int(other)
 
     @contextmanager
     def _decoder(self) -> Iterator[Callable[..., Any]]:
@@ -316,9 +334,13 @@ class ClipFetch:
         clip_format = self.clip_format.model_copy(update={"fps": clip["fps"]})
         draw = np.random.default_rng((self.seed % 2**64, position))
         if prepared is not None:
-            pixels = prepared.clip(clip["row"])
-            out[:] = pixels[..., ::-1] if clip_format.drawn(draw)[1] else pixels
-            return
+            try:
+                pixels = prepared.clip(clip["row"])
+            except DamagedError as error:
+                log.warning("decoding clip %d itself: %s", clip["row"], error)
+            else:
+                out[:] = pixels[..., ::-1] if clip_format.drawn(draw)[1] else pixels
+                return
         decode(clip["uri"], clip["start"], clip_format, draw, self.index.limits, out=out)
 
 

@@ -28,7 +28,9 @@ def token_stream(
     """
     rows = read_rows(tokens, split).select(["label", "indices", "lengths", "condition"])
     order = ClipOrder(len(rows), seed)
-    return ordered_stream(order, _TokenFetch(ray.put(rows)), start=start, count=count, **blocks)
+    return ordered_stream(
+        order, _TokenFetch(ray.put(rows)), start=start, count=count, name="tokens", **blocks
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from evatok.stages.fanning import follow
 from evatok.stages.listing import LISTING, Listing, read_rows
 from evatok.stages.materialize import materialize
 from evatok.stages.stage import Stage, StageContext
-from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, probe
+from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, StorageError, probe
 from evatok.video.guard import Guard
 from evatok.video.index import CLIPS, REJECTED, REJECTED_SCHEMA, SCHEMA, IndexWriter, SourceShare, clip_starts
 from evatok.video.sources import AnySource, MixtureSource
@@ -37,12 +38,13 @@ if TYPE_CHECKING:
 PROBED = "probed.parquet"  # what is known of every file, so that only new and changed ones are probed again
 VERSION = 1
 _PROBES = "probes"
-_PROBING = 2  # raise it when rows of probes change their meaning
+_PROBING = 3  # raise it when rows of probes change their meaning
 _KEY = b"evatok-index"
 _VIDEOS_PER_TASK = 128
 
 # What may be mended without a change of the file: it is probed again in every index.
-_PASSING = ("timeout", "missing")
+_PASSING = ("timeout", "missing", "storage")
+_PATIENCE = (1.0, 4.0, 16.0)  # seconds before files that a storage did not deliver are asked for again
 
 _PROBED = pa.schema(
     [
@@ -85,19 +87,24 @@ Report = Callable[["Progress"], None]
 
 
 def build_index(
-    config: IndexConfig, location: Location, seed: int, on_progress: Report | None = None
+    config: IndexConfig,
+    location: Location,
+    seed: int,
+    on_progress: Report | None = None,
+    label_selector: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write the index of `config.source` into `location`; needs a connected Ray.
 
     Run again in the same place it probes new and changed files only (by size and time of change), also where
-    the earlier run was killed. `on_progress` is told of the probing, in videos. Returns the headline counts.
-    Raises UserError when the source has no usable video.
+    the earlier run was killed. `on_progress` is told of the probing, in videos. `label_selector`: labels of
+    the nodes that may probe. Returns the headline counts. Raises UserError when the source has no usable
+    video.
     """
-    listing = Listing.write(config.source.videos(location), location, seed)
+    listing = Listing.write(config.source.videos(location, config.limits), location, seed)
     known = _known(config, location)
     place = _place_in(known, listing)
     todo = np.flatnonzero((place < 0) & listing.sound)
-    fresh = _probed(config, listing, todo, on_progress)
+    fresh = _probed(config, listing, todo, on_progress, label_selector)
     place[todo] = known.num_rows + np.arange(len(todo))
     videos = _contiguous(known, fresh)
     del known, fresh
@@ -207,7 +214,11 @@ def _contiguous(*tables: pa.Table) -> pa.Table:
 
 
 def _probed(
-    config: IndexConfig, listing: Listing, todo: NDArray[np.int64], report: Report | None
+    config: IndexConfig,
+    listing: Listing,
+    todo: NDArray[np.int64],
+    report: Report | None,
+    label_selector: dict[str, str] | None,
 ) -> pa.Table:
     """Probe these videos of the listing in tasks: one row each, in their order."""
     from evatok.distributed.fanout import fan_out, whole_shards
@@ -232,18 +243,35 @@ def _probed(
         target,
         key=_key(config),
         state=functools.partial(Guard, config.limits.time_limit),
+        label_selector=label_selector,
         on_progress=report,
     )
     return pa.concat_tables(whole_shards(target, _key(config)))
 
 
 def _probe_shard(spec: tuple[IndexConfig, Location, int, NDArray[np.int64]], guard: Guard) -> ShardOutput:
+    """Rejects a file that its storage keeps failing to deliver; raises StorageError if that is most files."""
     from evatok.distributed.fanout import ShardOutput
 
     config, location, version, rows = spec
     listed = read_rows(location, version, rows)
-    found = [{**video, **_probe_video(config, video["uri"], guard)} for video in listed]
-    return ShardOutput(pa.Table.from_pylist(found, _PROBED))
+    found: list[dict[str, Any]] = [{} for _ in listed]
+    sought = list(range(len(listed)))
+    for pause in (0.0, *_PATIENCE):
+        time.sleep(pause)
+        failed = []
+        for k in sought:
+            try:
+                found[k] = _probe_video(config, listed[k]["uri"], guard)
+            except StorageError as error:
+                failed.append(k)
+                found[k] = {"code": "storage", "detail": str(error)}
+                if 2 * len(failed) > len(listed):
+                    raise
+        if not (sought := failed):
+            break
+    table = pa.Table.from_pylist([{**video, **result} for video, result in zip(listed, found)], _PROBED)
+    return ShardOutput(table)
 
 
 def _probe_video(config: IndexConfig, uri: str, guard: Guard) -> dict[str, Any]:
@@ -328,7 +356,8 @@ def _key(config: IndexConfig) -> str:
 def run(context: StageContext) -> dict[str, Any]:
     """The stage: see `build_index` and `materialize`."""
     config, location = context.config, context.location
-    counts = build_index(config, location, context.seed, follow(context, "videos", lambda _: {}))
+    place = context.resources.groups.selector("decode")
+    counts = build_index(config, location, context.seed, follow(context, "videos", lambda _: {}), place)
     if config.materialize:
         counts["undecodable"] = materialize(
             location,
@@ -336,6 +365,7 @@ def run(context: StageContext) -> dict[str, Any]:
             config.materialize,
             config.limits,
             follow(context, "clips", lambda _: {}),
+            place,
         )
     return counts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, islice
@@ -24,6 +25,7 @@ from evatok.video.sources import Video
 LISTING = "listing.parquet"
 _AT_ONCE = 1024  # videos whose files are looked for together; rows of a row group
 _GROUPS_AT_ONCE = 16
+_REQUESTS = 64  # to a remote storage at once
 
 SCHEMA = pa.schema(
     [
@@ -147,11 +149,20 @@ def _file_states(videos: list[Video]) -> tuple[list[int], list[int]]:
     if sought:
         # These videos are of one source and live on one file system.
         places = [Location.parse(videos[k].uri) for k in sought]
-        infos = places[0].fs.get_file_info([place.path for place in places])
-        for k, info in zip(sought, infos):
+        for k, info in zip(sought, _file_infos(places[0], [place.path for place in places])):
             if info.type == pafs.FileType.File:
                 sizes[k], changes[k] = info.size, info.mtime_ns
     return sizes, changes
+
+
+def _file_infos(anywhere: Location, paths: list[str]) -> list[pafs.FileInfo]:
+    """In the order of `paths`. A remote storage takes a request for each, so many are asked at once."""
+    if anywhere.local() is not None:
+        return list(anywhere.fs.get_file_info(paths))
+    each = -(-len(paths) // _REQUESTS)
+    slices = [paths[low : low + each] for low in range(0, len(paths), each)]
+    with ThreadPoolExecutor(len(slices)) as pool:
+        return [info for infos in pool.map(anywhere.fs.get_file_info, slices) for info in infos]
 
 
 def _hashed(text: str) -> int:

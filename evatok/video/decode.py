@@ -42,6 +42,7 @@ Reason = Literal[
     "corrupt",  # frames are damaged or cannot be decoded
     "timeout",  # took longer than the time limit
     "crash",  # the decoder took its process down
+    "storage",  # the storage keeps failing to deliver it, and it alone
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 
@@ -111,8 +112,9 @@ class VideoInfo:
 
     @property
     def end(self) -> float:
-        """When the last frame stops being shown, seconds."""
-        return float(self.times[-1]) + (1 / self.fps if self.fps else 0.0)
+        """When the last frame stops being shown, seconds: it is shown for as long as the one before it."""
+        last, before = self.times[-1], self.times[max(0, len(self.times) - 2)]
+        return float(2 * last - before)
 
 
 def probe(uri: str, limits: MediaLimits | None = None) -> VideoInfo:

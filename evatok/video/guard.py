@@ -39,8 +39,7 @@ class Guard:
 
         Raises DecodeError `crash` when the child dies of the call and `timeout` when it does not come back.
         """
-        pipe = self._started()
-        pipe.send((function, args, kwargs))
+        pipe = self._asked((function, args, kwargs))
         if not pipe.poll(self._time_limit + _GRACE):
             self.close()
             raise DecodeError("timeout", f"{args[0]}: no answer within {self._time_limit:g} s")
@@ -68,6 +67,15 @@ class Guard:
             self._child.wait()
             self._pipe.close()
         self._child = self._pipe = None
+
+    def _asked(self, call: tuple[Any, ...]) -> Connection:
+        """The pipe, with the call sent into it; to another child where the last one died while idle."""
+        try:
+            self._started().send(call)
+        except ConnectionError:
+            self.close()
+            self._started().send(call)
+        return self._started()
 
     def _started(self) -> Connection:
         if self._pipe is None:

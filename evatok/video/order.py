@@ -5,6 +5,7 @@ over the row numbers, so any stretch of any epoch is computed on its own: nothin
 order is the same on every machine and with every version of numpy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +77,8 @@ class MixedOrder:
     def __post_init__(self) -> None:
         if not self.parts or len(self.parts) != len(self.weights) or min(self.weights) <= 0:
             raise ValueError(f"one positive weight per source is needed, got {self.weights} for {self.parts}")
+        if not all(np.diff(turn_edges(self.weights))):
+            raise ValueError(f"a weight of {self.weights} is below 1 / {_TURNS} of their sum")
 
     @property
     def clips(self) -> int:
@@ -84,8 +87,8 @@ class MixedOrder:
 
     def rows(self, start: int, count: int) -> NDArray[np.int64]:
         """The rows at positions start, ..., start + count - 1: int64 [count]."""
-        edges = np.round(np.cumsum(self.weights) / sum(self.weights) * _TURNS).astype(np.int64)
-        firsts = np.concatenate([[0], edges[:-1]])
+        edges = turn_edges(self.weights)
+        firsts, edges = edges[:-1], edges[1:]
         turns = ClipOrder(_TURNS, self.seed).rows(start, count)
         sources = np.searchsorted(edges, turns, side="right")
         period = np.arange(start, start + count) // _TURNS
@@ -97,6 +100,12 @@ class MixedOrder:
             rows[mine] = offset + ClipOrder(clips, self.seed + 1 + number).at(positions)
             offset += clips
         return rows
+
+
+def turn_edges(weights: Sequence[float]) -> NDArray[np.int64]:
+    """Where the turns of each source begin among 1000, and 1000: int64 [sources + 1]."""
+    shares = np.cumsum(weights) / sum(weights)
+    return np.concatenate([[0], np.round(shares * _TURNS)]).astype(np.int64)
 
 
 Order = ClipOrder | MixedOrder

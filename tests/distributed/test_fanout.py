@@ -180,6 +180,32 @@ def test_a_shard_that_always_fails_does_not_stop_the_others_and_is_named(ray_clu
     assert fan_out(plan(), numbers, Location.parse(tmp_path), key="k").kept == 22
 
 
+def busy(spec, state):
+    raise OSError("503 Slow Down")
+
+
+def test_a_failure_of_a_storage_may_pass_and_one_of_the_work_does_not(tmp_path):
+    for work, passing in ((busy, True), (failing_at_six, False)):
+        job = Job(work, None, Location.parse(tmp_path), "k")
+        record = make_shard(job, None, Shard("a.parquet", 2, (6, 8)))
+        assert record.failure
+        assert record.passing is passing
+
+
+def busy_once(spec, folder):
+    if not (mark := Path(folder) / "busy").exists():
+        mark.touch()
+        raise OSError("503 Slow Down")
+    return numbers(spec, None)
+
+
+def test_a_fan_out_waits_for_a_storage_to_recover(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("evatok.distributed.schedule.PAUSES", (0.2,))
+    (tmp_path / "marks").mkdir()
+    target, state = Location.parse(tmp_path / "out"), functools.partial(str, tmp_path / "marks")
+    assert fan_out(plan(1), busy_once, target, key="k", state=state, retries=1).retries == 1
+
+
 def refused(spec, state):
     raise UserError("no assignment fits a budget of 3")
 

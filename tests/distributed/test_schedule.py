@@ -43,6 +43,21 @@ def test_a_failing_shard_is_retried_first_and_given_up_after_its_retries():
     assert schedule.retried == 2
 
 
+def test_a_shard_that_failed_of_what_may_pass_is_tried_again_after_ever_longer_pauses():
+    schedule = Schedule(shards(1), retries=3)
+    now, pauses = 0.0, []
+    for _ in range(3):
+        assert schedule.failed(schedule.start(now, 1), rest_from=now)
+        assert schedule.open
+        failed_at = now
+        while (attempt := schedule.start(now, 1)) is None:
+            now += 1
+        pauses.append(now - failed_at)
+        schedule.lost(attempt)
+    assert pauses == sorted(set(pauses))
+    assert sum(pauses) > 60  # a busy storage is given a minute
+
+
 def test_a_shard_lost_with_its_node_is_never_given_up():
     schedule = Schedule(shards(1), retries=0)
     for _ in range(10):

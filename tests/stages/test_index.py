@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
 from evatok.experiment import read_experiment
 from evatok.stages.fanning import ClipReader
-from evatok.stages.index import _PROBED, IndexConfig, _known, _place_in, _probe_shard, _write, build_index
+from evatok.stages.index import (
+    _KEY,
+    _PROBED,
+    PROBED,
+    IndexConfig,
+    _key,
+    _known,
+    _place_in,
+    _probe_shard,
+    _write,
+    build_index,
+    run,
+)
 from evatok.stages.listing import Listing
-from evatok.video.decode import ClipFormat, DecodeError, StorageError
-from evatok.video.index import ClipIndex, IndexWriter
+from evatok.stages.stage import LABEL, Groups, Resources
+from evatok.video.decode import ClipFormat, DecodeError, StorageError, VideoInfo
+from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, IndexWriter, write_index
 from evatok.video.sources import FolderSource, SyntheticSource, Video, WebVidSource
 from evatok.video.synthetic import write_videos
 
@@ -130,8 +148,44 @@ def test_a_storage_that_fails_ends_the_task_and_rejects_nothing(tmp_path):
     def out_of_order(function, uri, *rest):
         raise StorageError(f"{uri}: 503 Slow Down")
 
-    with pytest.raises(StorageError, match=r"0000000\.mp4: 503"):
+    with pytest.raises(StorageError, match=r"\.mp4: 503"):
         _probe_shard((config, listing.location, listing.version, listing.rows), out_of_order)
+
+
+def test_a_file_that_alone_cannot_be_delivered_is_rejected_and_probed_again_next_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("evatok.stages.index._PATIENCE", (0.0, 0.0))
+    location = Location.parse(tmp_path)
+    listing, _, _ = many_videos(location, 8, 1)
+    config = folder_index("/videos")
+    asked = Counter()
+
+    def archived(function, uri, *rest):
+        asked[uri] += 1
+        if uri.endswith("3.mp4") or (uri.endswith("4.mp4") and asked[uri] == 1):
+            raise StorageError(f"{uri}: 403 InvalidObjectState")
+        return VideoInfo(64, 48, np.arange(16) / 8, "h264")
+
+    spec = (config, listing.location, listing.version, listing.rows)
+    found = _probe_shard(spec, archived).table
+    assert [(k, code) for k, code in enumerate(found["code"].to_pylist()) if code] == [(3, "storage")]
+    assert "InvalidObjectState" in found["detail"][3].as_py()
+    location.write_table(PROBED, found.replace_schema_metadata({_KEY: _key(config)}))
+    assert _known(config, location).num_rows == 7
+
+
+def test_files_of_a_remote_storage_are_looked_for_at_once(tmp_path, monkeypatch):
+    together = threading.Barrier(32)
+    look = MemoryFileSystem.info
+
+    def info(system, path, **options):
+        together.wait(timeout=10)
+        return look(system, path, **options)
+
+    fsspec.filesystem("memory").pipe("/bucket/5.mp4", b"video")
+    listed = [Video(f"{k}.mp4", f"memory://bucket/{k}.mp4") for k in range(32)]
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    listing = Listing.write(listed, Location.parse(tmp_path), seed=0)
+    assert listing.bytes.tolist() == [5 if k == 5 else -1 for k in range(32)]
 
 
 def test_the_clips_of_many_videos_are_written_in_bounded_memory(tmp_path):
@@ -228,6 +282,32 @@ def test_a_folder_of_images_becomes_clips_of_one_frame(ray_cluster, tmp_path):
         assert clip.shape == (3, 1, 48, 48)
         difference = clip[:, 0].transpose(1, 2, 0).astype(int) - originals[entry["clip_id"]][:, 8:56]
         assert np.abs(difference).mean() < 25
+
+
+def test_probing_and_preparing_run_where_the_resources_put_decoding(videos, tmp_path, monkeypatch):
+    asked = []
+
+    def fan_out(*_, label_selector, **options):
+        asked.append(label_selector)
+        return SimpleNamespace(rejected=[])
+
+    monkeypatch.setattr("evatok.distributed.fanout.fan_out", fan_out)
+    monkeypatch.setattr(
+        "evatok.distributed.fanout.whole_shards",
+        lambda target, key: [] if "prepared" in target.uri else [_PROBED.empty_table()],
+    )
+    monkeypatch.setattr("evatok.stages.index._write", lambda *_: {})
+    monkeypatch.setattr("evatok.stages.index.follow", lambda *_: None)
+    location = Location.parse(tmp_path)
+    write_index(location, SCHEMA.empty_table(), REJECTED_SCHEMA.empty_table())
+    context = SimpleNamespace(
+        config=folder_index(videos, materialize=32),
+        location=location,
+        seed=0,
+        resources=Resources(groups=Groups(decode="cpus")),
+    )
+    assert run(context)["undecodable"] == 0
+    assert asked == [{LABEL: "cpus"}] * 2
 
 
 def test_a_mixture_remembers_whose_turn_comes_how_often(ray_cluster, videos, tmp_path):

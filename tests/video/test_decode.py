@@ -19,6 +19,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile
 
 from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, StorageError, decode_clip, probe
+from evatok.video.index import clip_starts
 
 SHORT = ClipFormat(frames=8, size=48)
 
@@ -83,6 +84,16 @@ def test_a_variable_frame_rate_is_cut_by_time_and_not_by_frame_number(tmp_path, 
     shown = [int(np.searchsorted(info.times, start + k / 4 + 1e-4, side="right")) - 1 for k in range(8)]
     clip = decode_clip(str(path), start, sampled)
     np.testing.assert_array_equal(clip, reference[shown].transpose(1, 0, 2, 3))
+
+
+def test_every_clip_that_a_variable_frame_rate_is_offered_for_can_be_cut(tmp_path, write, moving):
+    """The frames at the end follow quickly, so that the mean interval is far longer than the last."""
+    ticks = [*range(0, 2000, 200), *range(2000, 2200, 10)]
+    path = write(tmp_path / "vfr.mp4", moving(len(ticks)), ticks=ticks)
+    info, sampled = probe(str(path)), ClipFormat(frames=8, size=48, fps=14)
+    assert info.end == pytest.approx(2.2)
+    for start in clip_starts(info, sampled, stride=1, limit=None):
+        decode_clip(str(path), start, sampled)
 
 
 def test_sampling_faster_than_the_video_repeats_frames(tmp_path, write, moving, decoded):
@@ -228,6 +239,22 @@ def test_files_on_another_file_system_are_read_through_arrow(tmp_path, write, mo
     )
 
 
+def noise(frames: int) -> np.ndarray:
+    """Frames that no codec can make small."""
+    return np.random.default_rng(0).integers(0, 256, (frames, 160, 160, 3), np.uint8)
+
+
+def test_a_remote_file_is_read_in_few_requests(tmp_path, monkeypatch, write):
+    path = write(tmp_path / "video.mp4", noise(60), options={"crf": "4"})
+    assert path.stat().st_size > 1 << 20
+    fsspec.filesystem("memory").pipe("/bucket/few.mp4", path.read_bytes())
+    requests = []
+    whole = MemoryFile.read
+    monkeypatch.setattr(MemoryFile, "read", lambda *asked: requests.append(asked[1:]) or whole(*asked))
+    probe("memory://bucket/few.mp4")
+    assert len(requests) <= 8
+
+
 def test_frames_arrive_undamaged_from_a_file_cut_short(tmp_path: Path, write, moving, decoded):
     path = write(tmp_path / "whole.mkv", moving(60), options={"g": "10"})
     cut = tmp_path / "cut.mkv"
@@ -289,8 +316,8 @@ def every_file_number_taken():
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_storage_that_fails_is_not_the_fault_of_the_file(tmp_path, monkeypatch, write, moving):
-    path = write(tmp_path / "video.mp4", moving(60, height=320, width=320))
+def test_a_storage_that_fails_is_not_the_fault_of_the_file(tmp_path, monkeypatch, write):
+    path = write(tmp_path / "video.mp4", noise(60), options={"crf": "4"})
     fsspec.filesystem("memory").pipe("/bucket/video.mp4", path.read_bytes())
     whole = MemoryFile.read
 

@@ -118,6 +118,26 @@ class Misbehaving(BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(0.1)
 
+    def dribble(self, attempt) -> None:
+        """A header without end."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Endless: ")
+        for self.server.dribbled in range(100):
+            self.wfile.write(b"x")
+            self.wfile.flush()
+            time.sleep(0.1)
+
+    def odd_length(self, attempt) -> None:
+        self.answer(200, promised="12abc")
+        self.close_connection = True
+
+    def held(self, attempt) -> None:
+        """Not before many others were asked for."""
+        for _ in range(500):
+            if len(self.server.asked) > 30:
+                return self.good(attempt)
+            time.sleep(0.02)
+        self.answer(404)
+
     def to_good(self, attempt) -> None:
         self.answer(302, Location="/clips/good")
 
@@ -139,7 +159,7 @@ def server(tmp_path, write, moving):
     with ThreadingHTTPServer((HERE, 0), Misbehaving) as running:
         running.video = write(tmp_path / "served.mp4", moving(20)).read_bytes()
         running.asked, running.lock, running.busy, running.busiest = {}, threading.Lock(), 0, 0
-        running.delay = 0.0
+        running.delay, running.dribbled = 0.0, 0
         running.url = f"http://{HERE}:{running.server_port}"
         thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
@@ -197,6 +217,8 @@ def test_a_busy_server_is_given_the_time_it_asks_for(server, tmp_path):
         ("huge", "too_large", "1000000000000"),
         ("endless", "too_large", "more than"),
         ("slow", "timeout", "not done"),
+        ("dribble", "timeout", "not done"),
+        ("odd-length", "http", "12abc"),
         ("to-private", "outside", "10.1.2.3"),
         ("to-localhost", "outside", "localhost"),
         ("to-file", "outside", "file:"),
@@ -209,6 +231,7 @@ def test_what_cannot_be_had_says_why_and_leaves_no_file(server, tmp_path, name, 
     assert raised.value.code == code
     assert not (tmp_path / "into" / f"{name}.mp4").exists()
     assert len(server.asked[name]) <= 7
+    assert server.dribbled < 99
 
 
 def test_a_name_that_points_to_a_private_address_is_refused(server, tmp_path):
@@ -232,6 +255,34 @@ def test_many_files_come_in_order_and_never_too_many_at_once(server, tmp_path):
     assert again[1] == ("good.1", None)
 
 
+def test_one_file_that_takes_long_holds_up_no_other(server, tmp_path):
+    names = ["held", *(f"good.{k}" for k in range(40))]
+    items = [(name, Download(f"{server.url}/{name}", tmp_path / name)) for name in names]
+    results = list(download_all(items, settings(concurrency=2), MediaLimits()))
+    assert results == [(name, None) for name in names]
+
+
+def test_a_disk_that_is_full_ends_it_and_a_name_that_no_file_can_have_does_not(server, tmp_path):
+    long, full = (Download(f"{server.url}/good", tmp_path / name) for name in ("x" * 252, "a.mp4"))
+    ((_, error),) = download_all([(0, long)], settings(), MediaLimits())
+    assert error.code == "outside"
+    (tmp_path / "a.mp4.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"a\.mp4: .*No space left(.|\n)*the same command"):
+        list(download_all([(0, full)], settings(), MediaLimits()))
+
+
+def test_a_network_that_is_out_rejects_no_row(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("evatok.video.download._SILENT", 3)
+    closed = server.url.rpartition(":")[0] + ":9"
+    urls = [f"{server.url}/good", *[f"{closed}/{k}" for k in range(3)], f"{server.url}/good.2"]
+    items = [(k, Download(url, tmp_path / f"{k}.mp4")) for k, url in enumerate(urls)]
+    with pytest.raises(UserError, match=r"No server answered for 3 files(.|\n)*the same command"):
+        list(download_all(items, settings(concurrency=1, attempts=1), MediaLimits()))
+    assert (tmp_path / "0.mp4").exists()
+    mended = [(k, Download(f"{server.url}/good", item.path)) for k, item in items]
+    assert list(download_all(mended, settings(), MediaLimits())) == [(k, None) for k in range(5)]
+
+
 def test_webvid_rows_are_downloaded_into_place(server, tmp_path):
     root = tmp_path / "webvid"
     root.mkdir()
@@ -246,6 +297,9 @@ def test_webvid_rows_are_downloaded_into_place(server, tmp_path):
     videos = list(source.videos(Location.parse(tmp_path)))
     assert [video.problem and video.problem[0] for video in videos] == [None, "http", "outside"]
     assert (root / "videos" / "000_100" / "1.mp4").read_bytes() == server.video
+    (root / "videos" / "000_100" / "1.mp4").unlink()
+    (limited, *_) = source.videos(Location.parse(tmp_path), MediaLimits(frames=5))
+    assert limited.problem[0] == "too_long"
     closed = source.model_copy(update={"fetch": settings(hosts=())})
     with pytest.raises(UserError, match="hosts"):
         list(closed.videos(Location.parse(tmp_path)))

@@ -36,6 +36,17 @@ def test_a_crash_is_told_from_the_next_call(guard):
     assert guard(os.path.basename, "/a/b") == "b"
 
 
+def test_a_child_that_died_between_two_calls_is_replaced(guard):
+    child = guard(_own_id, "video.mp4")
+    os.kill(child, signal.SIGKILL)
+    guard._child.wait()
+    assert guard(_own_id, "video.mp4") != child
+
+
+def _own_id(name: str) -> int:
+    return os.getpid()
+
+
 def _die_of(name: str) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 

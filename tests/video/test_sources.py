@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
-from evatok.video.sources import FolderSource, KineticsSource, SyntheticSource, Ucf101Source, WebVidSource
+from evatok.video.sources import (
+    FolderSource,
+    KineticsSource,
+    MixtureSource,
+    SyntheticSource,
+    Ucf101Source,
+    WebVidSource,
+)
 
 
 @pytest.fixture
@@ -24,6 +33,38 @@ def test_a_folder_is_listed_in_order_at_any_depth(tmp_path, workspace):
     for video in videos:
         info = workspace.fs.get_file_info(video.uri)
         assert video.state == (info.size, info.mtime_ns)
+
+
+def test_a_name_that_is_not_utf8_is_rejected_by_a_readable_one(tmp_path, workspace):
+    for name in (b"a\xff.mp4", b"a\xfe.mp4", b"b.mp4"):
+        (tmp_path / os.fsdecode(name)).touch()
+    videos = list(FolderSource(path=str(tmp_path)).videos(workspace))
+    assert [(video.name, bool(video.problem)) for video in videos] == [
+        ("a\\xfe.mp4", True),
+        ("a\\xff.mp4", True),
+        ("b.mp4", False),
+    ]
+
+
+def test_a_part_of_a_mixture_whose_turn_would_never_come_is_refused():
+    parts = {name: {"source": {"kind": "synthetic"}, "weight": w} for name, w in (("big", 3000), ("dust", 1))}
+    with pytest.raises(ValueError, match="'dust' is below 1/1000"):
+        MixtureSource.model_validate({"parts": parts})
+    MixtureSource.model_validate({"parts": {**parts, "dust": {**parts["dust"], "weight": 3}}})
+
+
+def test_links_that_lead_back_multiply_no_file(tmp_path, workspace):
+    (tmp_path / "clips" / "deep").mkdir(parents=True)
+    (tmp_path / "clips" / "deep" / "a.mp4").touch()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "b.mp4").touch()
+    (tmp_path / "clips" / "deep" / "up").symlink_to(tmp_path / "clips")
+    (tmp_path / "clips" / "other").symlink_to(elsewhere)
+    (tmp_path / "clips" / "self.mp4").symlink_to("self.mp4")
+    (tmp_path / "clips" / "z.mp4").symlink_to(elsewhere / "b.mp4")
+    videos = list(FolderSource(path=str(tmp_path / "clips")).videos(workspace))
+    assert [video.name for video in videos] == ["deep/a.mp4", "other/b.mp4", "z.mp4"]
 
 
 def test_webvid_rows_with_quotes_gaps_and_tricks(tmp_path, workspace):
@@ -97,6 +138,17 @@ def test_kinetics_rows_without_times_are_rejected_alone(tmp_path, workspace):
         None,
     ]
     assert len({video.name for video in videos}) == 5
+    deep = KineticsSource(path=str(tmp_path), csv=str(tmp_path / "list.csv"), pattern="n/" * 2100 + "a.mp4")
+    assert {video.problem and video.problem[0] for video in deep.videos(workspace)} == {"outside", "missing"}
+
+
+def test_kinetics_takes_the_lists_of_several_splits_in_turn(tmp_path, workspace):
+    for split in ("train", "val"):
+        row = f"run,of_{split},1,11,{split}"
+        (tmp_path / f"{split}.csv").write_text(f"label,youtube_id,time_start,time_end,split\n{row}\n")
+    lists = [str(tmp_path / f"{split}.csv") for split in ("train", "val")]
+    source = KineticsSource.model_validate({"path": str(tmp_path), "csv": lists})
+    assert [video.split for video in source.videos(workspace)] == ["train", "test"]
 
 
 def test_synthetic_videos_are_written_once(tmp_path, workspace):

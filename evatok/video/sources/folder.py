@@ -8,6 +8,7 @@ from pydantic import Field
 from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.errors import UserError
+from evatok.video.decode import MediaLimits
 from evatok.video.sources.video import Video, files, folder
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
@@ -21,13 +22,19 @@ class FolderSource(Config):
     kind: Literal["folder"] = "folder"
     path: str = Field(description="folder or URI that holds the videos")
 
-    def videos(self, workspace: Location) -> Iterator[Video]:
-        """Raises UserError when there is no such folder or no such file in it."""
+    def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
+        """Files whose name is not UTF-8 are rejected. Raises UserError without such a folder or file."""
         root = folder(self.path, "index.source.path")
         count = 0
         for name, state in files(root, SUFFIXES):
             count += 1
-            yield Video(name, root.address(name), state=state)
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+                yield Video(shown, root.address(shown), problem=("outside", "its name is not UTF-8"))
+            else:
+                yield Video(name, root.address(name), state=state)
         if not count:
             raise UserError(
                 f"{self.path}: no video file and no image in this folder. "

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import Field
+import numpy as np
+from pydantic import Field, model_validator
 
 from evatok.artifacts import Location
 from evatok.config import Config
+from evatok.video.decode import MediaLimits
+from evatok.video.order import turn_edges
 from evatok.video.sources.folder import FolderSource
 from evatok.video.sources.kinetics import KineticsSource
 from evatok.video.sources.synthetic import SyntheticSource
@@ -34,8 +37,19 @@ class MixtureSource(Config):
     kind: Literal["mixture"] = "mixture"
     parts: dict[str, Part] = Field(min_length=1, description="sources by a name of your own")
 
-    def videos(self, workspace: Location) -> Iterator[Video]:
+    @model_validator(mode="after")
+    def _everyone_has_a_turn(self) -> MixtureSource:
+        turns = np.diff(turn_edges([part.weight for part in self.parts.values()]))
+        for name, number in zip(self.parts, turns):
+            if not number:
+                raise ValueError(
+                    f"the weight of part {name!r} is below 1/1000 of all weights, so that its turn never "
+                    "comes; raise it, or leave the part out"
+                )
+        return self
+
+    def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
         """Names begin with the part's."""
         for name, part in self.parts.items():
-            for video in part.source.videos(workspace):
+            for video in part.source.videos(workspace, limits):
                 yield replace(video, name=f"{name}/{video.name}", part=name)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from evatok.artifacts import Location
 from evatok.config import Config
+from evatok.video.decode import MediaLimits
 from evatok.video.sources.video import Video
 from evatok.video.synthetic import read_truth, write_videos
 
@@ -23,7 +24,7 @@ class SyntheticSource(Config):
     blocks: int = Field(default=16, gt=0, description="temporal blocks of 4 frames per video")
     size: int = Field(default=96, ge=16, multiple_of=2, description="height and width, pixels")
 
-    def videos(self, workspace: Location) -> Iterator[Video]:
+    def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
         """Writes what is not there yet; the kind of motion is the label."""
         root = workspace / f"{VIDEOS}-{self.count}-{self.seed}-{self.blocks}-{self.size}"
         with tempfile.TemporaryDirectory(prefix="evatok-videos-") as folder:

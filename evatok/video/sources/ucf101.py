@@ -8,6 +8,7 @@ from pydantic import Field
 from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.errors import UserError
+from evatok.video.decode import MediaLimits
 from evatok.video.sources.video import Video, below, folder
 
 
@@ -19,7 +20,7 @@ class Ucf101Source(Config):
     lists: str = Field(description="folder with classInd.txt, trainlist0N.txt and testlist0N.txt")
     fold: Literal[1, 2, 3] = Field(default=1, description="which of the three official splits")
 
-    def videos(self, workspace: Location) -> Iterator[Video]:
+    def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
         """Listed videos whose file is missing end in the rejected table."""
         root = folder(self.path, "index.source.path")
         lists = folder(self.lists, "index.source.lists")

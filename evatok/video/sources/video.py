@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,10 +11,11 @@ import pyarrow.fs as pafs
 
 from evatok.artifacts import Location
 from evatok.errors import UserError
-from evatok.video.decode import Reason
+from evatok.video.decode import MediaLimits, Reason
 
 OUTSIDE: tuple[Reason, str] = ("outside", "its path leaves the data root, or can be no path")
 _LONGEST_NAME = 255  # bytes, on every file system in use
+_LONGEST_PATH = 4095
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ class Video:
 class Source(Protocol):
     """Where videos come from: a config that can list them."""
 
-    def videos(self, workspace: Location) -> Iterator[Video]:
+    def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
         """All videos, in a stable order; `workspace`: the folder for what the source makes itself.
+
+        `limits`: what a file that the source fetches may ask of us.
 
         Raises UserError when the source as a whole is not there or not what it should be.
         """
@@ -51,8 +55,11 @@ class Source(Protocol):
 def files(root: Location, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, int]]]:
     """Relative paths of all files below `root` with one of these suffixes, sorted, and their `Video.state`.
 
-    Holds the entries of one folder at each depth.
+    Holds the entries of one folder at each depth. A path that is not UTF-8 has surrogates for its odd bytes.
     """
+    if root.local() is not None:
+        yield from _local_files(root.path.rstrip("/"), suffixes)
+        return
     start = len(root.path.rstrip("/")) + 1
 
     def walk(path: str) -> Iterator[pafs.FileInfo]:
@@ -68,6 +75,39 @@ def files(root: Location, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tupl
         yield info.path[start:], (info.size, info.mtime_ns or 0)
 
 
+def _local_files(root: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """A link to a folder is followed unless that was visited before, as the folders that it lies in were."""
+    visited: set[tuple[int, int]] = set()
+
+    def walk(path: str) -> Iterator[os.DirEntry[str]]:
+        with os.scandir(path or "/") as entries:
+            found = sorted(entries, key=lambda entry: entry.name + "/" * _is(entry.is_dir))
+        for entry in found:
+            if _is(entry.is_dir):
+                if not (entry.is_symlink() and _identity(entry.stat()) in visited):
+                    visited.add(_identity(entry.stat()))
+                    yield from walk(entry.path)
+            elif entry.name.lower().endswith(suffixes) and _is(entry.is_file):
+                yield entry
+
+    visited.add(_identity(os.stat(root or "/")))
+    for entry in walk(root):
+        state = entry.stat()
+        yield entry.path[len(root) + 1 :], (state.st_size, state.st_mtime_ns)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind, which a link that leads to itself is not."""
+    try:
+        return kind()
+    except OSError:
+        return False
+
+
+def _identity(state: os.stat_result) -> tuple[int, int]:
+    return state.st_dev, state.st_ino
+
+
 def folder(uri: str, purpose: str) -> Location:
     """The folder that a config names. Raises UserError when it is not there."""
     location = Location.parse(uri)
@@ -81,6 +121,9 @@ def below(root: Location, name: str) -> str | None:
     parts = name.split("/")
     if name.startswith("/") or ".." in parts or "\0" in name:
         return None
-    if root.local() is not None and max(len(part.encode()) for part in parts) > _LONGEST_NAME:
-        return None
-    return root.address(name)
+    address = root.address(name)
+    if root.local() is not None:
+        longest = max(len(part.encode()) for part in parts)
+        if longest > _LONGEST_NAME or len(address.encode()) > _LONGEST_PATH:
+            return None
+    return address

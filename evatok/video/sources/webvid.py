@@ -27,7 +27,7 @@ class WebVidSource(Config):
         default=DownloadConfig(), description="what may be fetched, and within which limits"
     )
 
-    def videos(self, workspace: Location) -> Iterator[Video]:
+    def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
         """Rows without a page_dir are looked for in videos/ itself."""
         root = folder(self.path, "index.source.path") / "videos"
         listed = ((_video(root, row), row.get("contentUrl", "")) for row in self._rows())
@@ -44,7 +44,7 @@ class WebVidSource(Config):
             (video, Download(url, Path(video.uri)) if video.problem is None else None)
             for video, url in listed
         )
-        for video, error in download_all(wanted, self.fetch, MediaLimits()):
+        for video, error in download_all(wanted, self.fetch, limits or MediaLimits()):
             yield video if error is None else replace(video, problem=(error.code, error.detail))
 
     def _rows(self) -> Iterator[dict[str, str]]:
