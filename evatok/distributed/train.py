@@ -82,7 +82,7 @@ def fit(
     config.check(max(1, workers))
     # A node may have to boot first, or the machine be busy; Ray would give up on the group after a minute.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
-    job = _Job(task, config, location, run_id, seed, max(1, int(cpus_per_worker)))
+    job = _Job(task, config, location, run_id, seed, max(1, int(cpus_per_worker)), use_gpu)
     storage = location / CHECKPOINTS
     if workers == 0:
         return _fit_here(job, stream, evaluation, storage / run_id, listener)
@@ -139,6 +139,7 @@ class _Job:
     run_id: str
     seed: int
     threads: int
+    use_gpu: bool
 
     def sinks(self) -> list[Sink]:
         return [
@@ -201,6 +202,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
             checkpoints=_ReportedCheckpoints(),
             sinks=sinks,
             evaluation=held_out,
+            use_gpu=job.use_gpu,
         )
         if first:
             _publish(job, trained)
@@ -228,6 +230,7 @@ def _fit_here(
         checkpoints=FolderCheckpoints(run, config.keep_checkpoints),
         sinks=sinks,
         evaluation=list(job.batches(evaluation(), micro)) if evaluation else [],
+        use_gpu=job.use_gpu,
     )
     _publish(job, trained)
     return dict(trained.metrics)

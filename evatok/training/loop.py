@@ -142,15 +142,17 @@ def train(
     checkpoints: Checkpoints,
     sinks: Sequence[Sink] = (),
     evaluation: Sequence[Batch] = (),
+    use_gpu: bool | None = None,
 ) -> Trained:
     """Train to ``config.steps``, from the newest checkpoint on. Every rank calls it.
 
     ``batches(start)``: this rank's micro-batches in order, from global sample position ``start`` on.
     ``evaluation``: this rank's held-out batches, equally many on every rank.
+    ``use_gpu``: as ``join_world`` takes it.
     Raises UserError, on every rank, when losses or gradients stay non-finite, or weights become so; the
     newest checkpoint is then one from before.
     """
-    world = join_world()
+    world = join_world(use_gpu)
     config.check(world.size)
     saved = checkpoints.latest()
     run = _Run(task, config, world, seed, saved)

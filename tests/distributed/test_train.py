@@ -141,3 +141,15 @@ def test_no_workers_train_in_this_process(ray_cluster: str, tmp_path: Path) -> N
     assert heard[-1][:2] == (12, 12)
     assert metrics["loss"] == rows.losses[-1]
     assert (tmp_path / "here" / "model" / "weights.json").exists()
+
+
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_training_takes_gpus_only_where_the_run_asks_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: bool
+) -> None:
+    def asked(*args: Any, use_gpu: bool, **options: Any) -> Any:
+        raise UserError(f"use_gpu {use_gpu}")
+
+    monkeypatch.setattr("evatok.distributed.train.train", asked)
+    with pytest.raises(UserError, match=f"use_gpu {use_gpu}"):
+        ray_run(tmp_path, toy.ToyTask(), workers=0, use_gpu=use_gpu)
