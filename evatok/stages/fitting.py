@@ -86,6 +86,7 @@ def fit_stage(
         use_gpu=resources.use_gpu,
         label_selector=resources.groups.selector("train"),
         evaluation=evaluation,
+        max_failures=resources.max_failures,
         listener=lambda done, total, figures: context.progress(
             done, total, "steps", **headline(task, figures)
         ),

@@ -149,8 +149,8 @@ def train(
     ``batches(start)``: this rank's micro-batches in order, from global sample position ``start`` on.
     ``evaluation``: this rank's held-out batches, equally many on every rank.
     ``use_gpu``: as ``join_world`` takes it.
-    Raises UserError, on every rank, when losses or gradients stay non-finite, or weights become so; the
-    newest checkpoint is then one from before.
+    Raises UserError, on every rank, when one cannot build the task, and when losses or gradients stay
+    non-finite, or weights become so; the newest checkpoint is then one from before.
     """
     world = join_world(use_gpu)
     config.check(world.size)
@@ -193,7 +193,7 @@ class _Run:
         torch.manual_seed(seed)
         self.engines = {
             name: Engine(module, self._options(name, bf16), world, saved.engines[name] if saved else None)
-            for name, module in self._prepared(task.build(world.device)).items()
+            for name, module in _agreed(world, lambda: self._prepared(task.build(world.device))).items()
         }
         self.modules = {name: engine.forward for name, engine in self.engines.items()}
         parts = [part for engine in self.engines.values() for part in engine.module.modules()]
@@ -339,6 +339,27 @@ class _Run:
             f"training diverged: {how}. The newest checkpoint is from before and is kept. Lower train.lr or "
             "train.clip, lengthen train.warmup, or set train.precision to fp32."
         )
+
+
+def _agreed(world: World, build: Callable[[], dict[str, nn.Module]]) -> dict[str, nn.Module]:
+    """What ``build`` gives, once it went well on every rank; the first rank's UserError is raised on all.
+
+    A rank that went on alone would wait for the others in its first collective.
+    """
+    built: dict[str, nn.Module] = {}
+    problem: str | None = None
+    try:
+        built = build()
+    except UserError as error:
+        problem = str(error)
+    problems = [problem] * world.size
+    if world.size > 1:
+        dist.all_gather_object(problems, problem)
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            where = f" (on worker {rank} of {world.size})" if world.size > 1 else ""
+            raise UserError(problem + where)
+    return built
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
