@@ -143,7 +143,7 @@ def assemble(context: StageContext) -> Producer:
     generator = Generator.from_artifact(context.inputs["generator"].location)
     condition = None
     if generator.config.condition:
-        rows = read_rows(context.inputs["tokens"].location, "test")
+        rows = read_rows(context.inputs["tokens"].location, "test", ["condition"])
         condition = torch.from_numpy(np.stack(rows["condition"].to_numpy()).astype(np.int64))
     return Producer(
         generator=generator,

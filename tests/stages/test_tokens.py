@@ -130,7 +130,7 @@ def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, mon
     )
     metrics = STAGE.run(context)
     assert (metrics["clips"], metrics["rejected"], metrics["mean_tokens"]) == (8, 1, 6.0)
-    rows = read_rows(context.location, "train")
+    rows = read_rows(context.location, "train", ["clip_id", "augmentation", "indices"])
     assert rows["clip_id"].to_pylist() == ["c0", "c1", "c2", "c4"] * 2
     assert rows["augmentation"].to_pylist() == [0] * 4 + [1] * 4
     plain = encode_clips((np.arange(5), 0), maker).table
