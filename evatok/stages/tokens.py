@@ -51,6 +51,9 @@ class TokensConfig(Config):
     passes: int = Field(
         1, ge=1, description="times each training clip is encoded: once plain, then with random crop and flip"
     )
+    clips_per_video: int | None = Field(
+        None, gt=0, description="training clips of every video that a pass encodes, drawn anew; none: all"
+    )
     held_out: int = Field(1000, ge=0, description="clips of the test split that are encoded too, once")
     labels: bool = Field(True, description="keep the clips' classes")
     condition: tuple[int, ...] = Field(
@@ -143,13 +146,16 @@ def run(context: StageContext) -> dict[str, Any]:
     encoder = assemble(context)
     splits = np.asarray(encoder.clips.index.column("split").to_pylist())
     train, test = (np.flatnonzero(splits == split) for split in ("train", "test"))
-    batches = [(augmentation, train) for augmentation in range(config.passes)]
+    drawn = draw_clips(encoder.clips.index, train, config, context.seed)
     held_out = np.random.default_rng(context.seed).permutation(test)[: config.held_out]
     shards = [
         Shard(
             f"{split}-{augmentation:02d}-{start:08d}.parquet", stop - start, (rows[start:stop], augmentation)
         )
-        for split, augmentation, rows in [*(("train", *batch) for batch in batches), ("test", 0, held_out)]
+        for split, augmentation, rows in [
+            *(("train", *batch) for batch in enumerate(drawn)),
+            ("test", 0, held_out),
+        ]
         for start, stop in shard_ranges(len(rows), config.clips_per_task)
     ]
 
@@ -173,6 +179,23 @@ def run(context: StageContext) -> dict[str, Any]:
         "mean_tokens": mean_tokens(context.location, "train"),
         "clips_per_second": (done.items - done.kept) / done.seconds,
     }
+
+
+def draw_clips(
+    index: ClipIndex, rows: NDArray[np.int64], config: TokensConfig, seed: int
+) -> list[NDArray[np.int64]]:
+    """The rows int64 of the index, ascending, that each pass encodes of the training clips ``rows``."""
+    if config.clips_per_video is None:
+        return [rows] * config.passes
+    videos = index.column("uri").unify_dictionaries().combine_chunks().indices.to_numpy()[rows]
+    drawn = []
+    for augmentation in range(config.passes):
+        order = np.random.default_rng([seed, augmentation]).permutation(len(rows))
+        order = order[np.argsort(videos[order], kind="stable")]  # video by video, in a random order within
+        firsts = np.flatnonzero(np.diff(videos[order], prepend=-1))
+        places = np.arange(len(order)) - np.repeat(firsts, np.diff(firsts, append=len(order)))
+        drawn.append(np.sort(rows[order[places < config.clips_per_video]]))
+    return drawn
 
 
 def open_clips(context: StageContext) -> ClipIndex:

@@ -14,7 +14,7 @@ from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
 from evatok.stages.fanning import ClipReader
 from evatok.stages.stage import Resources, StageContext
-from evatok.stages.tokens import STAGE, Encoder, TokensConfig, encode_clips
+from evatok.stages.tokens import STAGE, Encoder, TokensConfig, draw_clips, encode_clips
 from evatok.training.token_table import SCHEMA, read_rows, read_vocabulary
 from evatok.video.decode import ClipFormat, decode_clip
 from evatok.video.index import REJECTED_SCHEMA, ClipIndex, write_index
@@ -110,6 +110,22 @@ def test_frame_prediction_encodes_the_given_frames_alone_and_routes_within_the_p
         assert table["condition"][row].as_py() == alone.tolist()
         # Block 0 is wholly given and the tokenizer is causal: sampling may take it over.
         assert table["indices"][row].as_py()[:4] == alone[:4].tolist()
+
+
+def test_a_pass_draws_its_clips_of_every_video(tmp_path):
+    lengths = [1, 5, 2, 7]
+    uris = [f"{video}.mp4" for video, clips in enumerate(lengths) for _ in range(clips)]
+    rows = [{"clip_id": str(i), "uri": uri, "start": 0.0, "fps": 0.0} for i, uri in enumerate(uris)]
+    location = Location.parse(tmp_path)
+    write_index(location, pa.Table.from_pylist(rows, INDEX_SCHEMA), REJECTED_SCHEMA.empty_table())
+    index, train = ClipIndex.open(location), np.arange(1, len(uris))
+    drawn = draw_clips(index, train, TokensConfig(passes=6, clips_per_video=2), seed=3)
+    for part in drawn:
+        assert [uris[row] for row in part] == [f"{video}.mp4" for video in (1, 1, 2, 2, 3, 3)]
+        assert len(set(part)) == 6
+    assert len({tuple(part) for part in drawn}) > 1
+    assert len({row for part in drawn for row in part}) > 10
+    assert draw_clips(index, train, TokensConfig(passes=2), seed=3) == [train, train]
 
 
 def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, monkeypatch):
