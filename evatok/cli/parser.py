@@ -135,7 +135,10 @@ def parser() -> argparse.ArgumentParser:
         "weights", "weights:command", "list or fetch pretrained weights", "{weights [{name, path}]}"
     )
     weights.add_argument(
-        "names", metavar="NAME", nargs="*", help="which to fetch; without it, they are listed"
+        "names",
+        metavar="NAME",
+        nargs="*",
+        help="what to fetch: of the list, or a model of the Hugging Face hub; without it, the list",
     )
 
     bench = command("bench", "runs:bench", "measure this machine", "the benchmark's figures")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from evatok import weights
 from evatok.config import Config
 from evatok.errors import UserError
 from evatok.models.tokenizer import TokenizerConfig
@@ -145,12 +145,9 @@ def load_vjepa2(source: str, size: int) -> nn.Module:
 
 
 def _load(kind: Any, source: str, **changes: Any) -> nn.Module:
+    folder = weights.find(source)
     try:
-        model: nn.Module = kind.from_pretrained(source, **changes)
+        model: nn.Module = kind.from_pretrained(folder, local_files_only=True, **changes)
     except (OSError, ValueError) as error:
-        what = "folder" if Path(source).exists() else "Hub id"
-        raise UserError(
-            f"no {kind.__name__} at the {what} {source}: {error}\nFetch it where there is a network"
-            f" (`hf download {source}`), or name a local folder that holds it."
-        ) from error
+        raise UserError(f"{source} is no {kind.__name__}: {error}") from error
     return model
