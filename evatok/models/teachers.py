@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 
 import torch
@@ -142,6 +143,15 @@ def load_vjepa2(source: str, size: int) -> nn.Module:
     from transformers import VJEPA2Model
 
     return _load(VJEPA2Model, source, crop_size=size)
+
+
+def model_settings(source: str) -> dict[str, Any] | None:
+    """What the ``config.json`` of a model says, without what is at the default; None where it is not here."""
+    folder = weights.locate(source)
+    if folder is None:
+        return None
+    settings: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return settings
 
 
 def _load(kind: Any, source: str, **changes: Any) -> nn.Module:

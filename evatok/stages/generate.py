@@ -31,7 +31,7 @@ from evatok.models.tokens import Tokens
 from evatok.stages.fanning import ClipReader, fan_out_models, write_rejected
 from evatok.stages.judge import encoded
 from evatok.stages.stage import Stage, StageContext
-from evatok.stages.tokens import open_clips
+from evatok.stages.tokens import gives_labels, open_clips
 from evatok.training.token_table import read_rows
 from evatok.video.decode import ClipFormat
 
@@ -268,11 +268,12 @@ def _check(config: GenerateConfig, experiment: Any) -> Iterator[tuple[str, str]]
             "generate.budget",
             f"{config.budget} tokens; a clip needs {tokenizer.blocks * tokenizer.choices[0]} at least",
         )
-    if config.sampling.guidance != 1 and not (tokens.labels and experiment.generator.network.class_dropout):
+    classes = tokens.labels and gives_labels(experiment)
+    if config.sampling.guidance != 1 and not (classes and experiment.generator.network.class_dropout):
         yield (
             "generate.sampling.guidance",
-            f"{config.sampling.guidance} needs classes (tokens.labels) and generator.network.class_dropout"
-            " above 0; leave it at 1 otherwise",
+            f"{config.sampling.guidance} needs classes (of index.source, with tokens.labels) and"
+            " generator.network.class_dropout above 0; leave it at 1 otherwise",
         )
 
 

@@ -44,6 +44,8 @@ ENCODED_AT_ONCE = (
     16  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
 )
 
+UNLABELLED = ("folder", "webvid")  # sources whose videos have no classes
+
 
 class TokensConfig(Config):
     part: str | None = Field(None, description="only this part of a mixture; none: all clips of the index")
@@ -205,6 +207,15 @@ def open_clips(context: StageContext) -> ClipIndex:
     return index if part is None else index.part(part)
 
 
+def gives_labels(experiment: Any) -> bool:
+    """Whether the clips that the generator learns from have classes, as far as their source tells."""
+    source, part = experiment.index.source, experiment.tokens.part
+    if source.kind != "mixture":
+        return source.kind not in UNLABELLED
+    kinds = [p.source.kind for name, p in source.parts.items() if part in (None, name)]
+    return any(kind not in UNLABELLED for kind in kinds)
+
+
 def assemble(context: StageContext) -> Encoder:
     """The index and the models."""
     config: TokensConfig = context.config
@@ -257,6 +268,9 @@ def _check(config: TokensConfig, experiment: Any) -> Iterator[tuple[str, str]]:
             "tokenizer.model.quantizer.kind",
             "residual_vq gives several codes per token, and a generator models one: take vq, fsq or lfq",
         )
+    parts = list(getattr(experiment.index.source, "parts", ()))
+    if config.part is not None and config.part not in parts:
+        yield "tokens.part", f"index.source has no part {config.part!r}; there are {parts or 'none'}"
     if not config.condition:
         return
     given, depth = len(config.condition), tokenizer.patch[0]

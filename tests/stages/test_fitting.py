@@ -5,6 +5,8 @@ from typing import Any, cast
 
 import pytest
 
+from evatok.models.tokenizer import TokenizerConfig
+from evatok.stages import generator, router
 from evatok.stages.fitting import fit_stage
 from evatok.stages.stage import Resources, StageContext
 
@@ -18,3 +20,13 @@ def test_a_run_says_how_often_dead_workers_are_replaced(monkeypatch: pytest.Monk
     anything = cast(Any, SimpleNamespace(watched=()))
     fit_stage(cast(StageContext, context), anything, anything, anything, None)
     assert asked["max_failures"] == 7
+
+
+@pytest.mark.parametrize("stage", ["router", "generator"])
+def test_only_models_that_can_run_layers_again_may_be_asked_to(stage: str) -> None:
+    module = {"router": router, "generator": generator}[stage]
+    config = module.STAGE.config.model_validate({"train": {"steps": 1, "recompute": True}})
+    proxy = SimpleNamespace(model=TokenizerConfig())
+    experiment = SimpleNamespace(resources=Resources(workers=1), proxy=proxy)
+    assert module.STAGE.check is not None
+    assert list(dict(module.STAGE.check(config, experiment))) == [f"{stage}.train.recompute"]

@@ -171,8 +171,31 @@ def test_distance_is_named_after_its_network(tmp_path):
 def test_settings_that_cannot_work_are_named_before_anything_runs(config, labels, class_dropout, key):
     experiment = SimpleNamespace(
         tokenizer=SimpleNamespace(model=TINY),
-        tokens=SimpleNamespace(labels=labels),
+        index=SimpleNamespace(source=SimpleNamespace(kind="ucf101")),
+        tokens=SimpleNamespace(labels=labels, part=None, condition=()),
         generator=SimpleNamespace(network=SimpleNamespace(class_dropout=class_dropout)),
     )
     assert list(dict(STAGE.check(parse(str(config), GenerateConfig, "test"), experiment))) == [key]
     assert not list(STAGE.check(GenerateConfig(), experiment))
+
+
+@pytest.mark.parametrize(
+    ("source", "part", "fits"),
+    [
+        ({"kind": "folder"}, None, False),
+        ({"kind": "ucf101"}, None, True),
+        ({"kind": "mixture"}, "films", False),
+        ({"kind": "mixture"}, None, True),
+    ],
+)
+def test_guidance_needs_clips_that_have_classes(source, part, fits):
+    parts = {"films": "webvid", "sports": "ucf101"}
+    named = {name: SimpleNamespace(source=SimpleNamespace(kind=kind)) for name, kind in parts.items()}
+    experiment = SimpleNamespace(
+        index=SimpleNamespace(source=SimpleNamespace(**source, parts=named)),
+        tokenizer=SimpleNamespace(model=TINY),
+        tokens=SimpleNamespace(labels=True, part=part, condition=()),
+        generator=SimpleNamespace(network=SimpleNamespace(class_dropout=0.1)),
+    )
+    found = dict(STAGE.check(GenerateConfig(sampling={"guidance": 2}), experiment))
+    assert list(found) == ([] if fits else ["generate.sampling.guidance"])

@@ -163,15 +163,20 @@ def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, mon
         ({"condition": [4, 4, 4], "given_frames": 9}, "tokens.condition"),
         ({"condition": [4, 1], "given_frames": 4}, "tokens.given_frames"),
         ({"condition": [4], "given_frames": 3, "policy": {"kind": "oracle"}}, "tokens.policy"),
+        ({"part": "b"}, "tokens.part"),
     ],
 )
 def test_settings_that_do_not_fit_the_tokenizer_are_named_before_anything_runs(config, key):
-    experiment = SimpleNamespace(tokenizer=SimpleNamespace(model=TINY))
-    found = dict(STAGE.check(TokensConfig(**config), experiment))
+    found = dict(STAGE.check(TokensConfig(**config), experiment_of(TINY)))
     assert list(found) == [key]
+    assert not dict(STAGE.check(TokensConfig(part="a"), experiment_of(TINY)))
 
 
 def test_residual_codes_are_refused():
     model = TINY.model_copy(update={"quantizer": SimpleNamespace(kind="residual_vq")})
-    experiment = SimpleNamespace(tokenizer=SimpleNamespace(model=model))
-    assert "tokenizer.model.quantizer.kind" in dict(STAGE.check(TokensConfig(), experiment))
+    assert "tokenizer.model.quantizer.kind" in dict(STAGE.check(TokensConfig(), experiment_of(model)))
+
+
+def experiment_of(model):
+    source = SimpleNamespace(kind="mixture", parts={"a": None})
+    return SimpleNamespace(index=SimpleNamespace(source=source), tokenizer=SimpleNamespace(model=model))
