@@ -76,8 +76,16 @@ def wanted(
     if config.condition:
         if args.frames is None:
             raise UserError("this generator goes on from given frames: name a video with --frames")
+        if args.classes:
+            raise UserError("--class: this generator goes on from given frames and knows no classes")
         condition = read_frames(args.frames, tokenizer, experiment, config).repeat(count, 1)
-        return Requests.predicting(config, condition, args.seed + torch.arange(count), budget=args.budget)
+        return Requests.predicting(
+            config,
+            condition,
+            args.seed + torch.arange(count),
+            args.budget,
+            assignment=assignment(args.assignment, count),
+        )
     if args.classes:
         numbers = [class_number(name, config.labels) for name in args.classes for _ in range(count)]
     else:

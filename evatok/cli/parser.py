@@ -187,7 +187,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
             "dest": "classes",
             "help": "class name or number; may be given again",
         },
-        "--count": {"type": int, "default": 4, "help": "clips in all"},
+        "--count": {"type": int, "default": 4, "help": "clips of each class named, or in all"},
         "--seed": {"type": int, "default": 0},
         "--guidance": {"type": float, "help": "classifier-free guidance scale"},
         "--temperature": {"type": float},

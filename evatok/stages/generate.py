@@ -101,14 +101,21 @@ class Producer:
     def requests(self, numbers: Tensor) -> Requests:
         """What is asked for the clips of these numbers int64 ``[n]``."""
         seeds, config = self.seed + numbers, self.generator.config
+        wanted = self.config.assignment
+        forced = torch.tensor(wanted).repeat(len(numbers), 1) if wanted else None
         if self.condition is not None:
             condition = self.condition[numbers % len(self.condition)]
-            again = self.config.regenerate
-            return Requests.predicting(config, condition, seeds, self.config.budget, regenerate=again)
+            return Requests.predicting(
+                config,
+                condition,
+                seeds,
+                self.config.budget,
+                assignment=forced,
+                regenerate=self.config.regenerate,
+            )
         classes = len(config.labels)
         labels = numbers % classes if classes else torch.full_like(numbers, NO_CLASS)
-        forced = torch.tensor(self.config.assignment).repeat(len(numbers), 1)
-        return Requests(labels, seeds, forced if self.config.assignment else None, budget=self.config.budget)
+        return Requests(labels, seeds, forced, budget=self.config.budget)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -263,10 +270,18 @@ def _check(config: GenerateConfig, experiment: Any) -> Iterator[tuple[str, str]]
             "generate.assignment",
             f"{sorted(unknown)} are not among the token choices {list(tokenizer.choices)} or 0",
         )
-    if config.budget is not None and config.budget < tokenizer.blocks * tokenizer.choices[0]:
+    if any(count not in (0, given) for count, given in zip(config.assignment, tokens.condition)):
+        yield (
+            "generate.assignment",
+            f"must begin with tokens.condition, {list(tokens.condition)}, or leave those blocks 0",
+        )
+    forced = {**dict(enumerate(config.assignment)), **dict(enumerate(tokens.condition))}
+    least = sum(forced.get(block) or tokenizer.choices[0] for block in range(tokenizer.blocks))
+    if config.budget is not None and config.budget < least:
         yield (
             "generate.budget",
-            f"{config.budget} tokens; a clip needs {tokenizer.blocks * tokenizer.choices[0]} at least",
+            f"{config.budget} tokens; a clip needs {least} at least, under generate.assignment and"
+            " tokens.condition",
         )
     classes = tokens.labels and gives_labels(experiment)
     if config.sampling.guidance != 1 and not (classes and experiment.generator.network.class_dropout):

@@ -104,6 +104,16 @@ def test_frame_predictor_takes_the_first_frames_of_a_video(run, tmp_path):
     assert [clip["assignment"][:2] for clip in clips] == [[4, 1], [4, 1]]
     with pytest.raises(UserError, match="goes on from given frames"):
         generate(tmp_path)
+    forced = generate(tmp_path, frames=str(video), assignment="0,1,4")["clips"]
+    assert [clip["assignment"] for clip in forced] == [[4, 1, 4]] * 2
+    for options, words in (
+        ({"assignment": "4,2,4"}, "first blocks of this frame predictor"),
+        ({"assignment": "4,1,4", "budget": 8}, "at least 9"),
+        ({"budget": 5}, "at least 6"),
+        ({"classes": ["Archery"]}, "--class"),
+    ):
+        with pytest.raises(UserError, match=words):
+            generate(tmp_path, frames=str(video), **options)
     short = tmp_path / "short.mp4"
     write_video(short, np.zeros((3, 3, 16, 16), np.uint8), 8)
     with pytest.raises(UserError, match="5 frames are needed"):

@@ -180,6 +180,27 @@ def test_settings_that_cannot_work_are_named_before_anything_runs(config, labels
 
 
 @pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"assignment": [4, 1, 0], "budget": 6}, None),
+        ({"assignment": [4, 2, 0]}, "generate.assignment"),
+        ({"budget": 5}, "generate.budget"),
+        ({"assignment": [0, 0, 4], "budget": 8}, "generate.budget"),
+    ],
+)
+def test_a_frame_predictors_assignment_and_budget_leave_room_for_its_condition(config, key):
+    experiment = SimpleNamespace(
+        index=SimpleNamespace(source=SimpleNamespace(kind="ucf101")),
+        tokenizer=SimpleNamespace(model=TINY),
+        tokens=SimpleNamespace(labels=False, part=None, condition=(4, 1)),
+    )
+    assert list(dict(STAGE.check(GenerateConfig(**config), experiment))) == ([key] if key else [])
+    if key is None:
+        table = produce(np.arange(4), producer(condition=torch.zeros(2, 5).long(), **config)).table
+        assert table["lengths"].to_pylist() == [[4, 1, 1]] * 4
+
+
+@pytest.mark.parametrize(
     ("source", "part", "fits"),
     [
         ({"kind": "folder"}, None, False),
