@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,12 +141,10 @@ class _Job:
     threads: int
     use_gpu: bool
 
-    def sinks(self) -> list[Sink]:
-        return [
-            CurveWriter(self.location),
-            TrainingMetrics(self.run_id),
-            *trackers(self.config.trackers, self.location, self.run_id),
-        ]
+    @contextmanager
+    def sinks(self) -> Iterator[list[Sink]]:
+        with trackers(self.config.trackers, self.location, self.run_id) as tracking:
+            yield [CurveWriter(self.location), TrainingMetrics(self.run_id), *tracking]
 
     def batches(self, dataset: DataIterator | Dataset, size: int) -> Iterator[Batch]:
         yield from dataset.iter_torch_batches(
@@ -190,20 +188,21 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     held_out = []
     if settings["evaluate"]:
         held_out = list(job.batches(ray.train.get_dataset_shard(EVALUATION), micro))
-    sinks = job.sinks() if first else []
-    if first and settings["queue"] is not None:  # an empty queue is false
-        sinks.append(_QueueSink(settings["queue"]))
     try:
-        trained = train(
-            job.task,
-            job.config,
-            lambda start: job.endless_batches(ray.train.get_dataset_shard(TRAIN), micro),
-            seed=job.seed,
-            checkpoints=_ReportedCheckpoints(),
-            sinks=sinks,
-            evaluation=held_out,
-            use_gpu=job.use_gpu,
-        )
+        watched: AbstractContextManager[list[Sink]] = job.sinks() if first else nullcontext([])
+        with watched as sinks:
+            if first and settings["queue"] is not None:  # an empty queue is false
+                sinks.append(_QueueSink(settings["queue"]))
+            trained = train(
+                job.task,
+                job.config,
+                lambda start: job.endless_batches(ray.train.get_dataset_shard(TRAIN), micro),
+                seed=job.seed,
+                checkpoints=_ReportedCheckpoints(),
+                sinks=sinks,
+                evaluation=held_out,
+                use_gpu=job.use_gpu,
+            )
         if first:
             _publish(job, trained)
     except UserError as error:
@@ -219,19 +218,19 @@ def _fit_here(
     listener: Listener | None,
 ) -> dict[str, float]:
     config, micro = job.config, job.config.micro(1)
-    sinks = job.sinks()
-    if listener:
-        sinks.append(_ListenerSink(listener, config.steps))
-    trained = train(
-        job.task,
-        config,
-        lambda start: job.endless_batches(_remaining(stream, config, 1, start), micro),
-        seed=job.seed,
-        checkpoints=FolderCheckpoints(run, config.keep_checkpoints),
-        sinks=sinks,
-        evaluation=list(job.batches(evaluation(), micro)) if evaluation else [],
-        use_gpu=job.use_gpu,
-    )
+    with job.sinks() as sinks:
+        if listener:
+            sinks.append(_ListenerSink(listener, config.steps))
+        trained = train(
+            job.task,
+            config,
+            lambda start: job.endless_batches(_remaining(stream, config, 1, start), micro),
+            seed=job.seed,
+            checkpoints=FolderCheckpoints(run, config.keep_checkpoints),
+            sinks=sinks,
+            evaluation=list(job.batches(evaluation(), micro)) if evaluation else [],
+            use_gpu=job.use_gpu,
+        )
     _publish(job, trained)
     return dict(trained.metrics)
 
