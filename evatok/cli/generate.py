@@ -52,6 +52,9 @@ def command(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"the generator was trained on tokens of codebook {config.codebook}, but the tokenizer of"
             f" {experiment.location.uri} has {tokenizer.codebook}: rerun with --redo tokens"
         )
+    section = getattr(experiment, "generate", None)
+    if (args.precision or (section.precision if section else "fp32")) == "bf16":
+        generator.to_bf16()
     requests = wanted(args, config, tokenizer, experiment)
     settings = sampling_settings(args, experiment)
     tokens = sample(generator, requests, settings)

@@ -193,6 +193,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
         "--temperature": {"type": float},
         "--top-k": {"type": int},
         "--top-p": {"type": float},
+        "--precision": {"choices": ("fp32", "bf16"), "help": "of the generator"},
         "--budget": {"type": int, "metavar": "TOKENS", "help": "most tokens of a clip"},
         "--assignment": {"metavar": "A,B,C,D", "help": "token count of each block; 0: the generator chooses"},
         "--frames": {"metavar": "FILE", "help": "video or token file to go on from"},

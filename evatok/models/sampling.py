@@ -236,7 +236,8 @@ class Stepper:
         known = positions <= places[:, None]
         tokens, lengths = history[known], places + 1
         features = self.generator.features(PackedSequences(tokens, tokens, positions[known], lengths))
-        logits: Tensor = self.generator.head(features[lengths.cumsum(0) - 1])
+        head = self.generator.head
+        logits: Tensor = head(features[lengths.cumsum(0) - 1].to(head.weight.dtype))
         return logits
 
     def _without_class(self, tokens: Tensor) -> Tensor:

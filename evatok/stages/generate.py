@@ -60,6 +60,9 @@ class GenerateConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     budget: int | None = Field(None, ge=1, description="the most tokens a clip may have")
     assignment: tuple[int, ...] = Field((), description="tokens of each block, 0 where the model chooses")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the generator, but for its logits, which are fp32 in any case"
+    )
     regenerate: bool = Field(
         False, description="frame prediction: sample the given frames again too (paper 4.4); else copy them"
     )
@@ -93,6 +96,8 @@ class Producer:
     def __call__(self) -> Producer:
         """In a worker process: move the models to the device."""
         self.generator.to(self.device).eval()
+        if self.config.precision == "bf16":
+            self.generator.to_bf16()
         self.tokenizer.to(self.device).eval()
         if self.features is not None:
             self.features.to(self.device)

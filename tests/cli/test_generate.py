@@ -55,7 +55,17 @@ def run(tmp_path, monkeypatch):
 
 
 def generate(tmp_path, **options):
-    names = ("classes", "guidance", "temperature", "top_k", "top_p", "budget", "assignment", "frames")
+    names = (
+        "classes",
+        "guidance",
+        "temperature",
+        "top_k",
+        "top_p",
+        "budget",
+        "assignment",
+        "frames",
+        "precision",
+    )
     given = dict.fromkeys(names) | {"count": 2, "seed": 0, "keep": 1, "format": "mp4"} | options
     args = argparse.Namespace(experiment="run", output=str(tmp_path / "out"), **given)
     return command(args, Console(io.StringIO()))
@@ -79,6 +89,21 @@ def test_every_class_gets_its_clips_as_videos_token_files_and_a_grid(run, tmp_pa
             assert len(list(container.decode(video=0))) == 12
     with av.open(result["grid"]) as container:
         assert container.streams.video[0].width == 34
+
+
+def test_clips_are_sampled_in_the_precision_asked_for(run, tmp_path, monkeypatch):
+    run()
+    seen, step = [], Generator.step
+
+    def watched(self, *given):
+        seen.append(self.norm.weight.dtype)
+        return step(self, *given)
+
+    monkeypatch.setattr(Generator, "step", watched)
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert len(generate(tmp_path / name, precision=name)["clips"]) == 2
+        assert set(seen) == {kind}
+        seen.clear()
 
 
 def test_a_seed_gives_the_same_clip_again_alone(run, tmp_path):

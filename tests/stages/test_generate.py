@@ -80,6 +80,12 @@ def test_clips_are_the_same_however_they_are_split_over_tasks():
         assert (row["mp4"] is None) == (row["number"] >= 2)
 
 
+def test_clips_are_sampled_in_the_precision_of_the_config():
+    maker = producer(precision="bf16", shown=0)
+    assert maker.generator.norm.weight.dtype == torch.bfloat16
+    assert len(produce(np.arange(4), maker).table) == 4
+
+
 def test_stage_generates_in_ray_tasks_and_reports_tokens(ray_cluster, tmp_path):
     maker = producer(clips=6, clips_per_task=4, shown=2)
     for name in ("tokenizer", "generator"):
