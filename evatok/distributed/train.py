@@ -22,6 +22,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evatok.artifacts import CurveWriter, Location
+from evatok.distributed.logs import rank_log
 from evatok.distributed.metrics import TrainingMetrics
 from evatok.distributed.stream import large_blocks
 from evatok.errors import UserError
@@ -67,7 +68,7 @@ def fit(
     listener: Listener | None = None,
     max_failures: int = 3,
 ) -> dict[str, float]:
-    """Train ``task`` on Ray workers and leave ``model/`` and ``curves/`` in ``location``.
+    """Train ``task`` on Ray workers and leave ``model/``, ``curves/`` and ``logs/`` in ``location``.
 
     ``run_id`` is one word that is the same for every attempt at this training and for no other one: a driver
     that was killed goes on from the newest checkpoint when it is called again with it. A worker that dies is
@@ -190,7 +191,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         held_out = list(job.batches(ray.train.get_dataset_shard(EVALUATION), micro))
     try:
         watched: AbstractContextManager[list[Sink]] = job.sinks() if first else nullcontext([])
-        with watched as sinks:
+        with rank_log(job.location, context.get_world_rank()) as publish, watched as sinks:
             if first and settings["queue"] is not None:  # an empty queue is false
                 sinks.append(_QueueSink(settings["queue"]))
             trained = train(
@@ -198,7 +199,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
                 job.config,
                 lambda start: job.endless_batches(ray.train.get_dataset_shard(TRAIN), micro),
                 seed=job.seed,
-                checkpoints=_ReportedCheckpoints(),
+                checkpoints=_ReportedCheckpoints(publish),
                 sinks=sinks,
                 evaluation=held_out,
                 use_gpu=job.use_gpu,
@@ -218,7 +219,7 @@ def _fit_here(
     listener: Listener | None,
 ) -> dict[str, float]:
     config, micro = job.config, job.config.micro(1)
-    with job.sinks() as sinks:
+    with rank_log(job.location, 0), job.sinks() as sinks:
         if listener:
             sinks.append(_ListenerSink(listener, config.steps))
         trained = train(
@@ -298,8 +299,14 @@ def _heard(listener: Listener | None, steps: int) -> Iterator[Queue | None]:
         queue.shutdown()
 
 
+@dataclass(frozen=True)
 class _ReportedCheckpoints:
-    """Checkpoints that Ray Train keeps: written by rank 0, uploaded while training goes on."""
+    """Checkpoints that Ray Train keeps: written by rank 0, uploaded while training goes on.
+
+    ``publish``: called by every rank after each.
+    """
+
+    publish: Callable[[], None]
 
     def latest(self) -> TrainState | None:
         checkpoint = ray.train.get_checkpoint()
@@ -320,3 +327,4 @@ class _ReportedCheckpoints:
             checkpoint_dir_name=f"step-{int(metrics['step']):09d}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
+        self.publish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from evatok.training.engine import Engine, EngineOptions, World, has_bf16, join_
 from evatok.training.schedules import Shape, learning_rate
 from evatok.training.tasks import Batch, Task
 from evatok.training.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 class TrainConfig(Config):
@@ -156,6 +159,7 @@ def train(
     config.check(world.size)
     saved = checkpoints.latest()
     run = _Run(task, config, world, seed, saved)
+    log.info("training on %s from step %d to %d", world.device, run.step, config.steps)
     curves = Curves(world, sinks, run.step, run.samples, config.steps, saved.metrics if saved else {})
     source = iter(batches(run.samples))
     while run.step < config.steps:
@@ -169,6 +173,7 @@ def train(
         if save and not run.in_a_row["model"]:
             run.check_weights()
             curves.flush()
+            log.info("checkpoint at step %d, %d losses or updates skipped so far", run.step, run.skipped)
             checkpoints.save(
                 run.state(curves.latest), {**curves.latest, "step": run.step, "samples": run.samples}
             )

@@ -69,6 +69,13 @@ def test_a_finished_run_leaves_its_model_and_reports_its_last_metrics(uninterrup
     assert uninterrupted.metrics["eval_error"] > 0
 
 
+def test_every_rank_leaves_a_log(uninterrupted: SimpleNamespace) -> None:
+    for rank in range(2):
+        text = (uninterrupted.folder / "logs" / f"rank-{rank:04d}.log").read_text()
+        for line in (f"rank {rank} begins", "step 12/12: loss here", "checkpoint at step 6", "is done"):
+            assert line in text
+
+
 def test_the_driver_hears_of_every_point(uninterrupted: SimpleNamespace) -> None:
     steps = [done for done, total, figures in uninterrupted.heard if "loss" in figures]
     assert steps == list(range(1, 13))
