@@ -32,6 +32,7 @@ from typing import IO, Any, Literal
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import Field
@@ -157,9 +158,13 @@ class Location:
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=2) + "\n").encode())
 
-    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A Parquet file, or all Parquet files of a folder."""
-        return pq.read_table(self._at(name), columns=columns and [*columns], filesystem=self.fs)
+    def read_table(
+        self, name: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None
+    ) -> pa.Table:
+        """A Parquet file, or all Parquet files of a folder; of the rows those that ``where`` holds for."""
+        return pq.read_table(
+            self._at(name), columns=columns and [*columns], filesystem=self.fs, filters=where
+        )
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Publish a Parquet file."""

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from evatok.config import Config
 from evatok.metrics.perceptual import Lpips, Network
 from evatok.metrics.pixels import Dssim
-from evatok.models.discriminators import AdversaryConfig, TransformerAdversaryConfig
+from evatok.models.discriminators import AdversaryConfig, TransformerAdversaryConfig, VideoMaeAdversaryConfig
 from evatok.models.teachers import TeacherConfig
 
 Perceptual = Literal["lpips-vgg", "lpips-alex", "lpips-squeeze", "dssim", "none"]
@@ -40,7 +40,14 @@ class LossConfig(Config):
     @property
     def pretrained(self) -> list[str]:
         """The weights (``evatok.weights``) that the terms load."""
-        return [self.perceptual_kind] if self.perceptual and "lpips" in self.perceptual_kind else []
+        names: list[str] = []
+        if self.perceptual and "lpips" in self.perceptual_kind:
+            names.append(self.perceptual_kind)
+        if self.alignment:
+            names.append(self.teacher.source)
+        if self.adversarial and isinstance(self.adversary, VideoMaeAdversaryConfig):
+            names.append(self.adversary.source)
+        return names
 
 
 class PerceptualLoss(nn.Module):

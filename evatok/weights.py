@@ -1,5 +1,6 @@
 """The pretrained weights we use: where they come from, how they are checked, where they are found.
 
+A name is a key of ``FILES``, or a model of ``transformers``: a Hub id (``OWNER/NAME``) or a local folder.
 Nothing here downloads behind the user's back: ``find`` only looks, and a missing file is an error that says
 how to get it. ``fetch`` is called by ``evatok weights NAME`` alone, never inside a worker.
 """
@@ -86,6 +87,12 @@ FILES: Mapping[str, tuple[WeightFile, ...]] = {
 }
 
 
+MODELS = ("facebook/vjepa2-vitl-fpc64-256", "MCG-NJU/videomae-base")
+"""Models that shipped experiments use; any other of the Hub serves as well."""
+
+_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
 def folders() -> list[Path]:
     """Where files are looked for, in order.
 
@@ -98,16 +105,20 @@ def folders() -> list[Path]:
 
 
 def locate(name: str) -> Path | None:
-    """The first file of ``name`` that is there, unchecked; None if there is none."""
+    """The first file of ``name`` that is there, or a model's folder, unchecked; None if there is none."""
+    if _is_model(name):
+        return _locate_model(name)
     return next((path for path, _ in _present(name)), None)
 
 
 def find(name: str) -> Path:
-    """A file of ``name`` whose checksum is right.
+    """A file of ``name`` whose checksum is right, or a model's folder.
 
     Raises UserError when there is none, saying where it was looked for and how to get it, or when a file is
     damaged.
     """
+    if _is_model(name):
+        return _find_model(name)
     for path, file in _present(name):
         if file.sha256 and not _digest(path, path.stat().st_mtime_ns).startswith(file.sha256):
             raise UserError(
@@ -133,10 +144,10 @@ def fetch(name: str) -> Path:
     Returns the file that is there already if there is one. Raises UserError on a wrong name, a file without
     a source, a failed transfer, one larger than it may be, or a wrong checksum; then nothing is left behind.
     """
-    if name not in FILES:
-        raise UserError(f"no weights are called {name!r}; there are {', '.join(FILES)}")
     if locate(name):
         return find(name)
+    if _is_model(name):
+        return _fetch_model(name)
     file = next((file for file in FILES[name] if file.url), None)
     if file is None:
         return find(name)
@@ -164,6 +175,57 @@ def fetch(name: str) -> Path:
         finally:
             Path(part.name).unlink(missing_ok=True)
     return target
+
+
+def _is_model(name: str) -> bool:
+    return name not in FILES and ("/" in name or Path(name).is_dir())
+
+
+def _locate_model(name: str) -> Path | None:
+    """The folder itself, or its snapshot in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(name).is_dir():
+        found = [str(Path(name) / file) for file in ("config.json", *_MODEL_FILES)]
+        found = [file for file in found if Path(file).is_file()]
+    else:
+        try:
+            cached = [try_to_load_from_cache(name, file) for file in ("config.json", *_MODEL_FILES)]
+        except HFValidationError:
+            return None
+        found = [file for file in cached if isinstance(file, str)]
+    whole = len(found) > 1 and found[0].endswith("config.json")
+    return Path(found[0]).parent if whole else None
+
+
+def _find_model(name: str) -> Path:
+    folder = _locate_model(name)
+    if folder is not None:
+        return folder
+    files = f"config.json and {' or '.join(_MODEL_FILES)}"
+    if Path(name).is_dir():
+        raise UserError(f"the folder {name} holds no model ({files})")
+    raise UserError(
+        f"the model {name} is not here: it is no folder, and the Hugging Face cache does not hold its"
+        f" {files}. Run `evatok weights {name}` where there is a network, or name a folder that holds it."
+    )
+
+
+def _fetch_model(name: str) -> Path:
+    """Download a model of the Hub into its cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(name, allow_patterns=["config.json", "model*.safetensors*"])
+        if _locate_model(name) is None:
+            snapshot_download(name, allow_patterns=["pytorch_model.bin"])
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"the model {name} could not be fetched from the Hugging Face hub: {error}"
+        ) from error
+    return _find_model(name)
 
 
 def _present(name: str) -> Iterator[tuple[Path, WeightFile]]:

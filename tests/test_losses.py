@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from evatok.errors import UserError
 from evatok.losses import (
     LeCam,
+    LossConfig,
     PerceptualLoss,
     alignment_loss,
     discriminator_loss,
@@ -121,3 +122,15 @@ def test_alignment_turns_features_towards_the_teacher() -> None:
     drive(features, lambda: alignment_loss(features, teacher), steps=150)
     assert float(alignment_loss(features, teacher).detach()) < -0.95
     assert float(alignment_loss(3 * teacher, teacher)) == pytest.approx(-1)
+
+
+def test_the_terms_name_the_models_that_they_load() -> None:
+    terms = LossConfig(
+        perceptual=0,
+        alignment=0.7,
+        teacher={"source": "owner/teacher"},
+        adversarial=0.1,
+        adversary={"kind": "videomae", "source": "owner/critic"},
+    )
+    assert terms.pretrained == ["owner/teacher", "owner/critic"]
+    assert terms.model_copy(update={"alignment": 0, "adversarial": 0}).pretrained == []

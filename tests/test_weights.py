@@ -118,3 +118,46 @@ def test_the_shared_weights_are_whole(test_data: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("EVATOK_WEIGHTS", str(test_data / "weights"))
     for name in ("lpips-alex", "lpips-squeeze"):
         assert find(name).is_relative_to(test_data)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache of the Hub, and a hub that holds owner/net."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def download(name: str, allow_patterns: list[str]) -> None:
+        if name != "owner/net":
+            raise OSError("no such model")
+        folder = cache / "models--owner--net" / "snapshots" / "1"
+        folder.mkdir(parents=True, exist_ok=True)
+        (cache / "models--owner--net" / "refs").mkdir(exist_ok=True)
+        (cache / "models--owner--net" / "refs" / "main").write_text("1")
+        for file in ("config.json", "pytorch_model.bin"):
+            if file in allow_patterns:
+                (folder / file).write_bytes(CONTENT)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return cache
+
+
+def test_a_model_of_the_hub_is_found_once_it_was_fetched(hub: Path) -> None:
+    with pytest.raises(UserError, match="evatok weights owner/net"):
+        find("owner/net")
+    assert locate("owner/net") is None
+    folder = fetch("owner/net")
+    assert folder.is_relative_to(hub)
+    assert find("owner/net") == locate("owner/net") == folder
+
+
+def test_a_model_that_the_hub_does_not_give_is_a_user_error(hub: Path) -> None:
+    with pytest.raises(UserError, match="owner/other could not be fetched"):
+        fetch("owner/other")
+
+
+def test_a_folder_must_hold_a_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no model"):
+        find(str(tmp_path))
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes(CONTENT)
+    assert find(str(tmp_path)) == tmp_path

@@ -140,8 +140,17 @@ def _overhead(settings: Settings, folder: Path) -> dict[str, Any]:
 
     def ray(name: str, task: TokenizerTask, stream: Any) -> Location:
         location = Location.parse(folder / name)
-        cpus = settings.threads
-        fit(task, config, stream, location=location, run_id=name, seed=0, workers=1, cpus_per_worker=cpus)
+        fit(
+            task,
+            config,
+            stream,
+            location=location,
+            run_id=name,
+            seed=0,
+            workers=1,
+            cpus_per_worker=settings.threads,
+            use_gpu=join_world().device.type == "cuda",  # where the bare loop trains
+        )
         return location
 
     before = bare("before")

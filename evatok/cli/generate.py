@@ -52,6 +52,9 @@ def command(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"the generator was trained on tokens of codebook {config.codebook}, but the tokenizer of"
             f" {experiment.location.uri} has {tokenizer.codebook}: rerun with --redo tokens"
         )
+    section = getattr(experiment, "generate", None)
+    if (args.precision or (section.precision if section else "fp32")) == "bf16":
+        generator.to_bf16()
     requests = wanted(args, config, tokenizer, experiment)
     settings = sampling_settings(args, experiment)
     tokens = sample(generator, requests, settings)
@@ -76,8 +79,16 @@ def wanted(
     if config.condition:
         if args.frames is None:
             raise UserError("this generator goes on from given frames: name a video with --frames")
+        if args.classes:
+            raise UserError("--class: this generator goes on from given frames and knows no classes")
         condition = read_frames(args.frames, tokenizer, experiment, config).repeat(count, 1)
-        return Requests.predicting(config, condition, args.seed + torch.arange(count), budget=args.budget)
+        return Requests.predicting(
+            config,
+            condition,
+            args.seed + torch.arange(count),
+            args.budget,
+            assignment=assignment(args.assignment, count),
+        )
     if args.classes:
         numbers = [class_number(name, config.labels) for name in args.classes for _ in range(count)]
     else:

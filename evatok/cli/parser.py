@@ -136,7 +136,10 @@ def parser() -> argparse.ArgumentParser:
         "weights", "weights:command", "list or fetch pretrained weights", "{weights [{name, path}]}"
     )
     weights.add_argument(
-        "names", metavar="NAME", nargs="*", help="which to fetch; without it, they are listed"
+        "names",
+        metavar="NAME",
+        nargs="*",
+        help="what to fetch: of the list, or a model of the Hugging Face hub; without it, the list",
     )
 
     bench = command("bench", "runs:bench", "measure this machine", "the benchmark's figures")
@@ -196,12 +199,13 @@ def _generate(command: argparse.ArgumentParser) -> None:
             "dest": "classes",
             "help": "class name or number; may be given again",
         },
-        "--count": {"type": int, "default": 4, "help": "clips in all"},
+        "--count": {"type": int, "default": 4, "help": "clips of each class named, or in all"},
         "--seed": {"type": int, "default": 0, "help": "of the sampling"},
         "--guidance": {"type": float, "help": "classifier-free guidance scale"},
         "--temperature": {"type": float},
         "--top-k": {"type": int},
         "--top-p": {"type": float},
+        "--precision": {"choices": ("fp32", "bf16"), "help": "of the generator"},
         "--budget": {"type": int, "metavar": "TOKENS", "help": "most tokens of a clip"},
         "--assignment": {"metavar": "A,B,C,D", "help": "token count of each block; 0: the generator chooses"},
         "--frames": {"metavar": "FILE", "help": "video or token file to go on from"},

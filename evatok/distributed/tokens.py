@@ -26,7 +26,7 @@ def token_stream(
     object store once per node: tokens are three orders of magnitude smaller than the clips they come from.
     ``blocks``: as ``ordered_stream`` takes them.
     """
-    rows = read_rows(tokens, split).select(["label", "indices", "lengths", "condition"])
+    rows = read_rows(tokens, split, ["label", "indices", "lengths", "condition"])
     order = ClipOrder(len(rows), seed)
     return ordered_stream(
         order, _TokenFetch(ray.put(rows)), start=start, count=count, name="tokens", **blocks

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evatok.artifacts import CurveWriter, Location
+from evatok.distributed.logs import rank_log
 from evatok.distributed.metrics import TrainingMetrics
 from evatok.distributed.stream import large_blocks
 from evatok.errors import UserError
@@ -67,7 +68,7 @@ def fit(
     listener: Listener | None = None,
     max_failures: int = 3,
 ) -> dict[str, float]:
-    """Train ``task`` on Ray workers and leave ``model/`` and ``curves/`` in ``location``.
+    """Train ``task`` on Ray workers and leave ``model/``, ``curves/`` and ``logs/`` in ``location``.
 
     ``run_id`` is one word that is the same for every attempt at this training and for no other one: a driver
     that was killed goes on from the newest checkpoint when it is called again with it. A worker that dies is
@@ -82,7 +83,7 @@ def fit(
     config.check(max(1, workers))
     # A node may have to boot first, or the machine be busy; Ray would give up on the group after a minute.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
-    job = _Job(task, config, location, run_id, seed, max(1, int(cpus_per_worker)))
+    job = _Job(task, config, location, run_id, seed, max(1, int(cpus_per_worker)), use_gpu)
     storage = location / CHECKPOINTS
     if workers == 0:
         return _fit_here(job, stream, evaluation, storage / run_id, listener)
@@ -139,13 +140,12 @@ class _Job:
     run_id: str
     seed: int
     threads: int
+    use_gpu: bool
 
-    def sinks(self) -> list[Sink]:
-        return [
-            CurveWriter(self.location),
-            TrainingMetrics(self.run_id),
-            *trackers(self.config.trackers, self.location, self.run_id),
-        ]
+    @contextmanager
+    def sinks(self) -> Iterator[list[Sink]]:
+        with trackers(self.config.trackers, self.location, self.run_id) as tracking:
+            yield [CurveWriter(self.location), TrainingMetrics(self.run_id), *tracking]
 
     def batches(self, dataset: DataIterator | Dataset, size: int) -> Iterator[Batch]:
         yield from dataset.iter_torch_batches(
@@ -189,19 +189,21 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     held_out = []
     if settings["evaluate"]:
         held_out = list(job.batches(ray.train.get_dataset_shard(EVALUATION), micro))
-    sinks = job.sinks() if first else []
-    if first and settings["queue"] is not None:  # an empty queue is false
-        sinks.append(_QueueSink(settings["queue"]))
     try:
-        trained = train(
-            job.task,
-            job.config,
-            lambda start: job.endless_batches(ray.train.get_dataset_shard(TRAIN), micro),
-            seed=job.seed,
-            checkpoints=_ReportedCheckpoints(),
-            sinks=sinks,
-            evaluation=held_out,
-        )
+        watched: AbstractContextManager[list[Sink]] = job.sinks() if first else nullcontext([])
+        with rank_log(job.location, context.get_world_rank()) as publish, watched as sinks:
+            if first and settings["queue"] is not None:  # an empty queue is false
+                sinks.append(_QueueSink(settings["queue"]))
+            trained = train(
+                job.task,
+                job.config,
+                lambda start: job.endless_batches(ray.train.get_dataset_shard(TRAIN), micro),
+                seed=job.seed,
+                checkpoints=_ReportedCheckpoints(publish),
+                sinks=sinks,
+                evaluation=held_out,
+                use_gpu=job.use_gpu,
+            )
         if first:
             _publish(job, trained)
     except UserError as error:
@@ -217,18 +219,19 @@ def _fit_here(
     listener: Listener | None,
 ) -> dict[str, float]:
     config, micro = job.config, job.config.micro(1)
-    sinks = job.sinks()
-    if listener:
-        sinks.append(_ListenerSink(listener, config.steps))
-    trained = train(
-        job.task,
-        config,
-        lambda start: job.endless_batches(_remaining(stream, config, 1, start), micro),
-        seed=job.seed,
-        checkpoints=FolderCheckpoints(run, config.keep_checkpoints),
-        sinks=sinks,
-        evaluation=list(job.batches(evaluation(), micro)) if evaluation else [],
-    )
+    with rank_log(job.location, 0), job.sinks() as sinks:
+        if listener:
+            sinks.append(_ListenerSink(listener, config.steps))
+        trained = train(
+            job.task,
+            config,
+            lambda start: job.endless_batches(_remaining(stream, config, 1, start), micro),
+            seed=job.seed,
+            checkpoints=FolderCheckpoints(run, config.keep_checkpoints),
+            sinks=sinks,
+            evaluation=list(job.batches(evaluation(), micro)) if evaluation else [],
+            use_gpu=job.use_gpu,
+        )
     _publish(job, trained)
     return dict(trained.metrics)
 
@@ -296,8 +299,14 @@ def _heard(listener: Listener | None, steps: int) -> Iterator[Queue | None]:
         queue.shutdown()
 
 
+@dataclass(frozen=True)
 class _ReportedCheckpoints:
-    """Checkpoints that Ray Train keeps: written by rank 0, uploaded while training goes on."""
+    """Checkpoints that Ray Train keeps: written by rank 0, uploaded while training goes on.
+
+    ``publish``: called by every rank after each.
+    """
+
+    publish: Callable[[], None]
 
     def latest(self) -> TrainState | None:
         checkpoint = ray.train.get_checkpoint()
@@ -318,3 +327,4 @@ class _ReportedCheckpoints:
             checkpoint_dir_name=f"step-{int(metrics['step']):09d}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
+        self.publish()

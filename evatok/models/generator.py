@@ -211,13 +211,20 @@ class Generator(PretrainedModel):
                 return out.transpose(1, 2)
 
             x = layer(x, rotation, attend)
-        logits: Tensor = self.head(self.norm(x[:, -1]))
+        logits: Tensor = self.head(self.norm(x[:, -1]).to(self.head.weight.dtype))
         return logits
+
+    def to_bf16(self) -> Generator:
+        """Weights, keys and values in bfloat16, for sampling; the head and the logits stay as they are."""
+        for part in self.children():
+            if part is not self.head:
+                part.bfloat16()
+        return self
 
     def new_cache(self, slots: int) -> SlotCache:
         """An empty cache for so many sequences, on the weights' device and in their precision."""
         size = self.config.network.size
-        weight = self.head.weight
+        weight = self.embedding.weight
         shape = (size.layers, slots, self.config.positions, size.heads, size.width // size.heads)
         return SlotCache(weight.new_zeros(shape), weight.new_zeros(shape))
 

@@ -309,7 +309,8 @@ class FiniteScalarQuantizer(Quantizer):
         return (z.float().tanh() + 1) / 2 * (self.levels - 1)
 
     def _index(self, position: Tensor) -> Tensor:
-        return (position.round().long() * self.bases).sum(-1)
+        # What is not a number gets some code: the loss is not finite either, and the step is skipped.
+        return (position.nan_to_num().round().long() * self.bases).sum(-1)
 
 
 class LookupFreeQuantizer(Quantizer):

@@ -67,6 +67,7 @@ class Requests:
         seeds: Tensor,
         budget: int | None = None,
         *,
+        assignment: Tensor | None = None,
         regenerate: bool = False,
     ) -> "Requests":
         """Clips that go on from given frames, codes ``[N, P]``.
@@ -79,6 +80,7 @@ class Requests:
         return cls(
             torch.full_like(seeds, NO_CLASS),
             seeds,
+            assignment=assignment,
             budget=budget,
             condition=condition,
             given=given if known else None,
@@ -234,7 +236,8 @@ class Stepper:
         known = positions <= places[:, None]
         tokens, lengths = history[known], places + 1
         features = self.generator.features(PackedSequences(tokens, tokens, positions[known], lengths))
-        logits: Tensor = self.generator.head(features[lengths.cumsum(0) - 1])
+        head = self.generator.head
+        logits: Tensor = head(features[lengths.cumsum(0) - 1].to(head.weight.dtype))
         return logits
 
     def _without_class(self, tokens: Tensor) -> Tensor:
@@ -361,6 +364,12 @@ def check_requests(config: GeneratorConfig, requests: Requests, sampling: Sampli
         if requests.assignment.shape != (len(requests), config.blocks):
             raise UserError(
                 f"assignment of {requests.assignment.shape[-1]} blocks: this generator makes {config.blocks}"
+            )
+        first = requests.assignment[:, : len(config.condition)]
+        if bool(((first != 0) & (first != torch.tensor(config.condition, dtype=torch.int64))).any()):
+            raise UserError(
+                f"assignment: the first blocks of this frame predictor have {config.condition} tokens; give"
+                " those, or 0"
             )
     if given is not None:
         check_counts(config, given.lengths)

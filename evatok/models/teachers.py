@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from evatok import weights
 from evatok.config import Config
 from evatok.errors import UserError
 from evatok.models.tokenizer import TokenizerConfig
@@ -144,13 +145,19 @@ def load_vjepa2(source: str, size: int) -> nn.Module:
     return _load(VJEPA2Model, source, crop_size=size)
 
 
+def model_settings(source: str) -> dict[str, Any] | None:
+    """What the ``config.json`` of a model says, without what is at the default; None where it is not here."""
+    folder = weights.locate(source)
+    if folder is None:
+        return None
+    settings: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return settings
+
+
 def _load(kind: Any, source: str, **changes: Any) -> nn.Module:
+    folder = weights.find(source)
     try:
-        model: nn.Module = kind.from_pretrained(source, **changes)
+        model: nn.Module = kind.from_pretrained(folder, local_files_only=True, **changes)
     except (OSError, ValueError) as error:
-        what = "folder" if Path(source).exists() else "Hub id"
-        raise UserError(
-            f"no {kind.__name__} at the {what} {source}: {error}\nFetch it where there is a network"
-            f" (`hf download {source}`), or name a local folder that holds it."
-        ) from error
+        raise UserError(f"{source} is no {kind.__name__}: {error}") from error
     return model

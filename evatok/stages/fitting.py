@@ -86,6 +86,7 @@ def fit_stage(
         use_gpu=resources.use_gpu,
         label_selector=resources.groups.selector("train"),
         evaluation=evaluation,
+        max_failures=resources.max_failures,
         listener=lambda done, total, figures: context.progress(
             done, total, "steps", **headline(task, figures)
         ),
@@ -104,7 +105,22 @@ def metric_names(evaluated: Sequence[str]) -> tuple[str, ...]:
     return ("loss", "clips_per_second", *(f"eval_{name}" for name in evaluated))
 
 
-def train_problems(stage: str, config: TrainConfig, experiment: Any) -> Iterator[tuple[str, str]]:
-    """(dotted key, problem) of everything wrong with a stage's ``train`` section under the run's workers."""
+def train_problems(
+    stage: str, config: TrainConfig, experiment: Any, metrics: Sequence[str], *, recomputes: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(dotted key, problem) of everything wrong with a stage's ``train`` section under the run's workers.
+
+    ``metrics``: as ``metric_names`` gives them. ``recomputes``: whether the model can run layers again.
+    """
     for key, problem in config.problems(max(1, experiment.resources.workers)):
         yield f"{stage}.train.{key}", problem
+    if config.recompute and not recomputes:
+        yield f"{stage}.train.recompute", "this model has no layers that it can run again; set it false"
+    scores = [name for name in metrics if name == "loss" or (name.startswith("eval_") and config.eval_every)]
+    score = config.keep_by.partition(" ")[2]
+    if score and score not in scores:
+        yield (
+            f"{stage}.train.keep_by",
+            f"{score} is not measured; allowed are {', '.join(scores)}"
+            + ("" if config.eval_every else ", and eval_ ones where train.eval_every is above 0"),
+        )

@@ -31,7 +31,7 @@ from evatok.models.tokens import Tokens
 from evatok.stages.fanning import ClipReader, fan_out_models, write_rejected
 from evatok.stages.judge import encoded
 from evatok.stages.stage import Stage, StageContext
-from evatok.stages.tokens import open_clips
+from evatok.stages.tokens import gives_labels, open_clips
 from evatok.training.token_table import read_rows
 from evatok.video.decode import ClipFormat
 
@@ -60,6 +60,9 @@ class GenerateConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     budget: int | None = Field(None, ge=1, description="the most tokens a clip may have")
     assignment: tuple[int, ...] = Field((), description="tokens of each block, 0 where the model chooses")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the generator, but for its logits, which are fp32 in any case"
+    )
     regenerate: bool = Field(
         False, description="frame prediction: sample the given frames again too (paper 4.4); else copy them"
     )
@@ -93,6 +96,8 @@ class Producer:
     def __call__(self) -> Producer:
         """In a worker process: move the models to the device."""
         self.generator.to(self.device).eval()
+        if self.config.precision == "bf16":
+            self.generator.to_bf16()
         self.tokenizer.to(self.device).eval()
         if self.features is not None:
             self.features.to(self.device)
@@ -101,14 +106,21 @@ class Producer:
     def requests(self, numbers: Tensor) -> Requests:
         """What is asked for the clips of these numbers int64 ``[n]``."""
         seeds, config = self.seed + numbers, self.generator.config
+        wanted = self.config.assignment
+        forced = torch.tensor(wanted).repeat(len(numbers), 1) if wanted else None
         if self.condition is not None:
             condition = self.condition[numbers % len(self.condition)]
-            again = self.config.regenerate
-            return Requests.predicting(config, condition, seeds, self.config.budget, regenerate=again)
+            return Requests.predicting(
+                config,
+                condition,
+                seeds,
+                self.config.budget,
+                assignment=forced,
+                regenerate=self.config.regenerate,
+            )
         classes = len(config.labels)
         labels = numbers % classes if classes else torch.full_like(numbers, NO_CLASS)
-        forced = torch.tensor(self.config.assignment).repeat(len(numbers), 1)
-        return Requests(labels, seeds, forced if self.config.assignment else None, budget=self.config.budget)
+        return Requests(labels, seeds, forced, budget=self.config.budget)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -143,7 +155,7 @@ def assemble(context: StageContext) -> Producer:
     generator = Generator.from_artifact(context.inputs["generator"].location)
     condition = None
     if generator.config.condition:
-        rows = read_rows(context.inputs["tokens"].location, "test")
+        rows = read_rows(context.inputs["tokens"].location, "test", ["condition"])
         condition = torch.from_numpy(np.stack(rows["condition"].to_numpy()).astype(np.int64))
     return Producer(
         generator=generator,
@@ -263,16 +275,25 @@ def _check(config: GenerateConfig, experiment: Any) -> Iterator[tuple[str, str]]
             "generate.assignment",
             f"{sorted(unknown)} are not among the token choices {list(tokenizer.choices)} or 0",
         )
-    if config.budget is not None and config.budget < tokenizer.blocks * tokenizer.choices[0]:
+    if any(count not in (0, given) for count, given in zip(config.assignment, tokens.condition)):
+        yield (
+            "generate.assignment",
+            f"must begin with tokens.condition, {list(tokens.condition)}, or leave those blocks 0",
+        )
+    forced = {**dict(enumerate(config.assignment)), **dict(enumerate(tokens.condition))}
+    least = sum(forced.get(block) or tokenizer.choices[0] for block in range(tokenizer.blocks))
+    if config.budget is not None and config.budget < least:
         yield (
             "generate.budget",
-            f"{config.budget} tokens; a clip needs {tokenizer.blocks * tokenizer.choices[0]} at least",
+            f"{config.budget} tokens; a clip needs {least} at least, under generate.assignment and"
+            " tokens.condition",
         )
-    if config.sampling.guidance != 1 and not (tokens.labels and experiment.generator.network.class_dropout):
+    classes = tokens.labels and gives_labels(experiment)
+    if config.sampling.guidance != 1 and not (classes and experiment.generator.network.class_dropout):
         yield (
             "generate.sampling.guidance",
-            f"{config.sampling.guidance} needs classes (tokens.labels) and generator.network.class_dropout"
-            " above 0; leave it at 1 otherwise",
+            f"{config.sampling.guidance} needs classes (of index.source, with tokens.labels) and"
+            " generator.network.class_dropout above 0; leave it at 1 otherwise",
         )
 
 

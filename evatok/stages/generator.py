@@ -55,7 +55,11 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _check(config: GeneratorStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
-    return train_problems("generator", config.train, experiment)
+    return train_problems("generator", config.train, experiment, _metrics(config))
+
+
+def _metrics(config: GeneratorStageConfig) -> tuple[str, ...]:
+    return metric_names(EVALUATED if config.held_out else ())
 
 
 def _describe(config: GeneratorStageConfig, experiment: Any) -> Description:
@@ -98,5 +102,5 @@ STAGE = Stage(
     outputs=("model/", "curves/"),
     check=_check,
     describe=_describe,
-    metrics=lambda config: metric_names(EVALUATED if config.held_out else ()),
+    metrics=_metrics,
 )

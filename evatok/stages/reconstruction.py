@@ -10,7 +10,8 @@ from pydantic import Field
 
 from evatok.config import OPERATIONAL, Config
 from evatok.losses import LossConfig
-from evatok.models.discriminators import TransformerAdversaryConfig
+from evatok.models.discriminators import TransformerAdversaryConfig, VideoMaeAdversaryConfig
+from evatok.models.teachers import model_settings
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
 from evatok.stages.fitting import fit_on_clips, metric_names, train_problems
 from evatok.stages.stage import Description, StageContext
@@ -35,7 +36,8 @@ class TokenizerTraining(Config):
 
 def tokenizer_problems(stage: str, config: TokenizerTraining, experiment: Any) -> Iterator[tuple[str, str]]:
     """(dotted key, problem) of what the sections of a tokenizer's training say of each other."""
-    yield from train_problems(stage, config.train, experiment)
+    yield from train_problems(stage, config.train, experiment, tokenizer_metrics(config), recomputes=True)
+    yield from _model_problems(stage, config)
     frames, size, terms = config.model.frames, config.model.size, config.losses
     if terms.adversarial and isinstance(terms.adversary, TransformerAdversaryConfig):
         patch = terms.adversary.patch
@@ -47,12 +49,35 @@ def tokenizer_problems(stage: str, config: TokenizerTraining, experiment: Any) -
                     f" of {step}",
                 )
                 break
+    if frames > experiment.index.frames:
+        yield (
+            f"{stage}.model.frames",
+            f"{frames} frames are more than the {experiment.index.frames} of a clip (index.frames)",
+        )
     count = terms.perceptual_frames
     if terms.perceptual and terms.perceptual_kind != "none" and count and frames % count:
         yield (
             f"{stage}.losses.perceptual_frames",
             f"{count} does not divide the clip's frames, which are {frames}; leave it out to compare all",
         )
+
+
+def _model_problems(stage: str, config: TokenizerTraining) -> Iterator[tuple[str, str]]:
+    """What does not fit the pretrained models of the losses, as far as they are here."""
+    terms, depth = config.losses, config.model.patch[0]
+    teacher = model_settings(terms.teacher.source) if terms.alignment else None
+    if teacher is not None and depth % (tubelet := teacher.get("tubelet_size", 2)):
+        yield (
+            f"{stage}.model.patch",
+            f"a block of {depth} frames is no multiple of the teacher's tubelet, {tubelet} frames;"
+            " set losses.alignment 0 or take another patch",
+        )
+    if not terms.adversarial or not isinstance(terms.adversary, VideoMaeAdversaryConfig):
+        return
+    network = model_settings(terms.adversary.source)
+    layers = None if network is None else network.get("num_hidden_layers", 12)
+    if layers is not None and (wrong := [tap for tap in terms.adversary.taps if not 0 <= tap <= layers]):
+        yield f"{stage}.losses.adversary.taps", f"{wrong}: the network has hidden states 0 to {layers}"
 
 
 def train_tokenizer(

@@ -88,11 +88,15 @@ def _clips(index: ClipIndex, table: RewardTable, split: str) -> ClipIndex:
 
 
 def _check(config: RouterStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
-    yield from train_problems("router", config.train, experiment)
+    yield from train_problems("router", config.train, experiment, _metrics(config))
     try:
         config.model(experiment.proxy.model)
     except ValueError as error:
         yield "router.patch", str(error)
+
+
+def _metrics(config: RouterStageConfig) -> tuple[str, ...]:
+    return metric_names(EVALUATED if config.held_out and config.train.eval_every else ())
 
 
 def _describe(config: RouterStageConfig, experiment: Any) -> Description:
@@ -111,5 +115,5 @@ STAGE = Stage(
     version=2,
     check=_check,
     describe=_describe,
-    metrics=lambda config: metric_names(EVALUATED if config.held_out and config.train.eval_every else ()),
+    metrics=_metrics,
 )

@@ -43,6 +43,9 @@ class Resources(Config):
         default=1, gt=0, description="logical CPUs that a task of curation or evaluation holds"
     )
     use_gpu: bool = Field(default=False, description="one GPU per training worker and per curation task")
+    max_failures: int = Field(
+        default=3, ge=0, description="dead training workers that are replaced; preempted ones do not count"
+    )
     groups: Groups = Field(default=Groups(), description="on a cluster with labelled node groups")
 
 

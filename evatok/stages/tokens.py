@@ -45,12 +45,17 @@ ENCODED_AT_ONCE = (
     16  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
 )
 
+UNLABELLED = ("folder", "webvid")  # sources whose videos have no classes
+
 
 class TokensConfig(Config):
     part: str | None = Field(None, description="only this part of a mixture; none: all clips of the index")
     policy: Policy = Field(RouterPolicy(), description="what assigns tokens to every clip")
     passes: int = Field(
         1, ge=1, description="times each training clip is encoded: once plain, then with random crop and flip"
+    )
+    clips_per_video: int | None = Field(
+        None, gt=0, description="training clips of every video that a pass encodes, drawn anew; none: all"
     )
     held_out: int = Field(1000, ge=0, description="clips of the test split that are encoded too, once")
     labels: bool = Field(True, description="keep the clips' classes")
@@ -144,13 +149,16 @@ def run(context: StageContext) -> dict[str, Any]:
     encoder = assemble(context)
     splits = np.asarray(encoder.clips.index.column("split").to_pylist())
     train, test = (np.flatnonzero(splits == split) for split in ("train", "test"))
-    batches = [(augmentation, train) for augmentation in range(config.passes)]
+    drawn = draw_clips(encoder.clips.index, train, config, context.seed)
     held_out = np.random.default_rng(context.seed).permutation(test)[: config.held_out]
     shards = [
         Shard(
             f"{split}-{augmentation:02d}-{start:08d}.parquet", stop - start, (rows[start:stop], augmentation)
         )
-        for split, augmentation, rows in [*(("train", *batch) for batch in batches), ("test", 0, held_out)]
+        for split, augmentation, rows in [
+            *(("train", *batch) for batch in enumerate(drawn)),
+            ("test", 0, held_out),
+        ]
         for start, stop in shard_ranges(len(rows), config.clips_per_task)
     ]
 
@@ -176,11 +184,37 @@ def run(context: StageContext) -> dict[str, Any]:
     }
 
 
+def draw_clips(
+    index: ClipIndex, rows: NDArray[np.int64], config: TokensConfig, seed: int
+) -> list[NDArray[np.int64]]:
+    """The rows int64 of the index, ascending, that each pass encodes of the training clips ``rows``."""
+    if config.clips_per_video is None:
+        return [rows] * config.passes
+    videos = index.column("uri").unify_dictionaries().combine_chunks().indices.to_numpy()[rows]
+    drawn = []
+    for augmentation in range(config.passes):
+        order = np.random.default_rng([seed, augmentation]).permutation(len(rows))
+        order = order[np.argsort(videos[order], kind="stable")]  # video by video, in a random order within
+        firsts = np.flatnonzero(np.diff(videos[order], prepend=-1))
+        places = np.arange(len(order)) - np.repeat(firsts, np.diff(firsts, append=len(order)))
+        drawn.append(np.sort(rows[order[places < config.clips_per_video]]))
+    return drawn
+
+
 def open_clips(context: StageContext) -> ClipIndex:
     """The clips that the generator learns from."""
     index = ClipIndex.open(context.inputs["index"].location)
     part = context.experiment.tokens.part
     return index if part is None else index.part(part)
+
+
+def gives_labels(experiment: Any) -> bool:
+    """Whether the clips that the generator learns from have classes, as far as their source tells."""
+    source, part = experiment.index.source, experiment.tokens.part
+    if source.kind != "mixture":
+        return source.kind not in UNLABELLED
+    kinds = [p.source.kind for name, p in source.parts.items() if part in (None, name)]
+    return any(kind not in UNLABELLED for kind in kinds)
 
 
 def assemble(context: StageContext) -> Encoder:
@@ -239,6 +273,9 @@ def _check(config: TokensConfig, experiment: Any) -> Iterator[tuple[str, str]]:
         )
     space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
     yield from policy_problems("tokens.policy", config.policy, space)
+    parts = list(getattr(experiment.index.source, "parts", ()))
+    if config.part is not None and config.part not in parts:
+        yield "tokens.part", f"index.source has no part {config.part!r}; there are {parts or 'none'}"
     if not config.condition:
         return
     given, depth = len(config.condition), tokenizer.patch[0]

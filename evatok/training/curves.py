@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import defaultdict
@@ -17,6 +18,8 @@ from torch import Tensor
 from evatok.training.engine import World
 
 FLUSH_SECONDS = 120.0
+log = logging.getLogger(__name__)
+
 ROW_KEYS = ("step", "samples", "time", "split")
 
 
@@ -77,6 +80,11 @@ class Curves:
         means["clips_per_second"] = (samples - self._samples) / elapsed
         means |= {f"time_{part}": seconds / elapsed for part, seconds in self._seconds.items()}
         self.latest |= means
+        waited = 100 * self._seconds["data"] / elapsed
+        own = float(local.get("loss", float("nan")))
+        log.info(
+            "step %d/%d: loss here %.4f, %.0f %% of the time without clips", step, self._steps, own, waited
+        )
         if self._world.rank == 0:
             left = timedelta(seconds=round(elapsed / (step - self._step) * (self._steps - step)))
             loss = means.get("loss", float("nan"))

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from evatok.errors import UserError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -26,13 +28,15 @@ class World:
     device: torch.device
 
 
-def join_world() -> World:
-    """The process group this process trains in.
+def join_world(use_gpu: bool | None = None) -> World:
+    """The process group this process trains in, and its device; ``use_gpu`` None: a GPU where there is one.
 
     Takes the one that is there (Ray Train), else the one torchrun's environment describes, else a
-    group of one, which needs no port.
+    group of one, which needs no port. Raises UserError where a GPU is asked for and there is none.
     """
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() if use_gpu is None else use_gpu
+    if cuda and not torch.cuda.is_available():
+        raise UserError("resources.use_gpu: torch finds no GPU here; set it false to train on CPUs")
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from evatok.training.engine import Engine, EngineOptions, World, has_bf16, join_
 from evatok.training.schedules import Shape, learning_rate
 from evatok.training.tasks import Batch, Task
 from evatok.training.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 class TrainConfig(Config):
@@ -142,18 +145,21 @@ def train(
     checkpoints: Checkpoints,
     sinks: Sequence[Sink] = (),
     evaluation: Sequence[Batch] = (),
+    use_gpu: bool | None = None,
 ) -> Trained:
     """Train to ``config.steps``, from the newest checkpoint on. Every rank calls it.
 
     ``batches(start)``: this rank's micro-batches in order, from global sample position ``start`` on.
     ``evaluation``: this rank's held-out batches, equally many on every rank.
-    Raises UserError, on every rank, when losses or gradients stay non-finite, or weights become so; the
-    newest checkpoint is then one from before.
+    ``use_gpu``: as ``join_world`` takes it.
+    Raises UserError, on every rank, when one cannot build the task, and when losses or gradients stay
+    non-finite, or weights become so; the newest checkpoint is then one from before.
     """
-    world = join_world()
+    world = join_world(use_gpu)
     config.check(world.size)
     saved = checkpoints.latest()
     run = _Run(task, config, world, seed, saved)
+    log.info("training on %s from step %d to %d", world.device, run.step, config.steps)
     curves = Curves(world, sinks, run.step, run.samples, config.steps, saved.metrics if saved else {})
     source = iter(batches(run.samples))
     while run.step < config.steps:
@@ -167,6 +173,7 @@ def train(
         if save and not run.in_a_row["model"]:
             run.check_weights()
             curves.flush()
+            log.info("checkpoint at step %d, %d losses or updates skipped so far", run.step, run.skipped)
             checkpoints.save(
                 run.state(curves.latest), {**curves.latest, "step": run.step, "samples": run.samples}
             )
@@ -191,7 +198,7 @@ class _Run:
         torch.manual_seed(seed)
         self.engines = {
             name: Engine(module, self._options(name, bf16), world, saved.engines[name] if saved else None)
-            for name, module in self._prepared(task.build(world.device)).items()
+            for name, module in _agreed(world, lambda: self._prepared(task.build(world.device))).items()
         }
         self.modules = {name: engine.forward for name, engine in self.engines.items()}
         parts = [part for engine in self.engines.values() for part in engine.module.modules()]
@@ -337,6 +344,27 @@ class _Run:
             f"training diverged: {how}. The newest checkpoint is from before and is kept. Lower train.lr or "
             "train.clip, lengthen train.warmup, or set train.precision to fp32."
         )
+
+
+def _agreed(world: World, build: Callable[[], dict[str, nn.Module]]) -> dict[str, nn.Module]:
+    """What ``build`` gives, once it went well on every rank; the first rank's UserError is raised on all.
+
+    A rank that went on alone would wait for the others in its first collective.
+    """
+    built: dict[str, nn.Module] = {}
+    problem: str | None = None
+    try:
+        built = build()
+    except UserError as error:
+        problem = str(error)
+    problems = [problem] * world.size
+    if world.size > 1:
+        dist.all_gather_object(problems, problem)
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            where = f" (on worker {rank} of {world.size})" if world.size > 1 else ""
+            raise UserError(problem + where)
+    return built
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

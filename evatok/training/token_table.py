@@ -82,23 +82,27 @@ def read_vocabulary(location: Location) -> TokenVocabulary:
 
 def count_rows(location: Location, split: str) -> int:
     """Encoded clips of a split."""
-    return int(pc.sum(pc.equal(location.read_table(ROWS, columns=["split"])["split"], split)).as_py() or 0)
+    return len(location.read_table(ROWS, ["split"], pc.field("split") == split))
 
 
 def mean_tokens(location: Location, split: str) -> float:
     """Codes of an encoded clip, mean over a split."""
-    rows = location.read_table(ROWS, columns=["split", "lengths"])
-    chosen = rows.filter(pc.equal(rows["split"], split))
+    chosen = location.read_table(ROWS, ["lengths"], pc.field("split") == split)
     return float(pc.sum(pc.list_flatten(chosen["lengths"])).as_py() / len(chosen))
 
 
-def read_rows(location: Location, split: str) -> pa.Table:
-    """All encoded clips of one split, in the order of the files. Raises UserError when there are none."""
-    rows = location.read_table(ROWS)
-    chosen = rows.filter(pc.equal(rows["split"], split)).combine_chunks()
+def read_rows(location: Location, split: str, columns: Sequence[str]) -> pa.Table:
+    """These columns of all encoded clips of one split, in the order of the files, as one chunk.
+
+    The lists have 64-bit offsets: all codes of a split may be more than 2**31. Raises UserError when there
+    are no such clips.
+    """
+    chosen = location.read_table(ROWS, columns, pc.field("split") == split)
     if not len(chosen):
         raise UserError(f"{location.uri} has no encoded clips of the split {split!r}")
-    return chosen
+    fields = [SCHEMA.field(name) for name in columns]
+    large = [f.with_type(pa.large_list(pa.int32())) if pa.types.is_list(f.type) else f for f in fields]
+    return chosen.cast(pa.schema(large)).combine_chunks()
 
 
 def ragged(rows: pa.Table) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:

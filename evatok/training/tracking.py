@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +15,21 @@ from evatok.training.curves import ROW_KEYS, Sink
 Tracker = Literal["tensorboard", "wandb"]
 
 
-def trackers(names: Sequence[Tracker], location: Location, run_id: str) -> list[Sink]:
-    """The sinks of these names. They write below ``location``, under ``tensorboard/`` and ``wandb/``."""
+@contextmanager
+def trackers(names: Sequence[Tracker], location: Location, run_id: str) -> Iterator[list[Sink]]:
+    """The sinks of these names, which are finished and published at the block's end, also after an error.
+
+    They write below ``location``, under ``tensorboard/`` and ``wandb/``. An attempt that goes on adds files
+    to those of the one before.
+    """
     made: dict[Tracker, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
-    return [made[name](_Folder(location, name), run_id) for name in names]
+    with ExitStack() as stack:
+        sinks: list[Sink] = []
+        for name in names:
+            sink = made[name](_Folder(location, name), run_id)
+            stack.callback(sink.close)
+            sinks.append(sink)
+        yield sinks
 
 
 class _Folder:
@@ -29,6 +41,8 @@ class _Folder:
         self._temporary = None if local else tempfile.TemporaryDirectory()
         self.path = local / name if local else Path(self._temporary.name)  # type: ignore[union-attr]
         self.path.mkdir(parents=True, exist_ok=True)
+        if self._temporary and location.exists(name):  # an earlier attempt's
+            location.download(name, self.path)
 
     def publish(self) -> None:
         if self._temporary:
@@ -50,9 +64,17 @@ class _TensorBoard:
         self._writer.flush()  # type: ignore[no-untyped-call]
         self._folder.publish()
 
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+        self._folder.publish()
+
 
 class _Wandb:
-    """Offline unless WANDB_MODE says otherwise; ``wandb sync`` sends an offline run later."""
+    """Offline unless WANDB_MODE says otherwise; ``wandb sync`` sends an offline run later.
+
+    Rows are sure to be in its file when it is closed. Every attempt leaves a file of its own, all of the same
+    run: ``wandb sync --append`` sends those after the first.
+    """
 
     def __init__(self, folder: _Folder, run_id: str):
         import wandb
@@ -70,6 +92,10 @@ class _Wandb:
         self._run.log(_figures(row), step=row["step"])
 
     def flush(self) -> None:
+        self._folder.publish()
+
+    def close(self) -> None:
+        self._run.finish()
         self._folder.publish()
 
 

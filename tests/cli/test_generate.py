@@ -55,7 +55,17 @@ def run(tmp_path, monkeypatch):
 
 
 def generate(tmp_path, **options):
-    names = ("classes", "guidance", "temperature", "top_k", "top_p", "budget", "assignment", "frames")
+    names = (
+        "classes",
+        "guidance",
+        "temperature",
+        "top_k",
+        "top_p",
+        "budget",
+        "assignment",
+        "frames",
+        "precision",
+    )
     given = dict.fromkeys(names) | {"count": 2, "seed": 0, "keep": 1, "format": "mp4"} | options
     args = argparse.Namespace(experiment="run", output=str(tmp_path / "out"), **given)
     return command(args, Console(io.StringIO()))
@@ -81,6 +91,21 @@ def test_every_class_gets_its_clips_as_videos_token_files_and_a_grid(run, tmp_pa
         assert container.streams.video[0].width == 34
 
 
+def test_clips_are_sampled_in_the_precision_asked_for(run, tmp_path, monkeypatch):
+    run()
+    seen, step = [], Generator.step
+
+    def watched(self, *given):
+        seen.append(self.norm.weight.dtype)
+        return step(self, *given)
+
+    monkeypatch.setattr(Generator, "step", watched)
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert len(generate(tmp_path / name, precision=name)["clips"]) == 2
+        assert set(seen) == {kind}
+        seen.clear()
+
+
 def test_a_seed_gives_the_same_clip_again_alone(run, tmp_path):
     run()
     several = generate(tmp_path / "a", classes=["Archery"], count=3, seed=5, format="gif")
@@ -104,6 +129,16 @@ def test_frame_predictor_takes_the_first_frames_of_a_video(run, tmp_path):
     assert [clip["assignment"][:2] for clip in clips] == [[4, 1], [4, 1]]
     with pytest.raises(UserError, match="goes on from given frames"):
         generate(tmp_path)
+    forced = generate(tmp_path, frames=str(video), assignment="0,1,4")["clips"]
+    assert [clip["assignment"] for clip in forced] == [[4, 1, 4]] * 2
+    for options, words in (
+        ({"assignment": "4,2,4"}, "first blocks of this frame predictor"),
+        ({"assignment": "4,1,4", "budget": 8}, "at least 9"),
+        ({"budget": 5}, "at least 6"),
+        ({"classes": ["Archery"]}, "--class"),
+    ):
+        with pytest.raises(UserError, match=words):
+            generate(tmp_path, frames=str(video), **options)
     short = tmp_path / "short.mp4"
     write_video(short, np.zeros((3, 3, 16, 16), np.uint8), 8)
     with pytest.raises(UserError, match="5 frames are needed"):

@@ -69,6 +69,13 @@ def test_a_finished_run_leaves_its_model_and_reports_its_last_metrics(uninterrup
     assert uninterrupted.metrics["eval_error"] > 0
 
 
+def test_every_rank_leaves_a_log(uninterrupted: SimpleNamespace) -> None:
+    for rank in range(2):
+        text = (uninterrupted.folder / "logs" / f"rank-{rank:04d}.log").read_text()
+        for line in (f"rank {rank} begins", "step 12/12: loss here", "checkpoint at step 6", "is done"):
+            assert line in text
+
+
 def test_the_driver_hears_of_every_point(uninterrupted: SimpleNamespace) -> None:
     steps = [done for done, total, figures in uninterrupted.heard if "loss" in figures]
     assert steps == list(range(1, 13))
@@ -141,3 +148,15 @@ def test_no_workers_train_in_this_process(ray_cluster: str, tmp_path: Path) -> N
     assert heard[-1][:2] == (12, 12)
     assert metrics["loss"] == rows.losses[-1]
     assert (tmp_path / "here" / "model" / "weights.json").exists()
+
+
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_training_takes_gpus_only_where_the_run_asks_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: bool
+) -> None:
+    def asked(*args: Any, use_gpu: bool, **options: Any) -> Any:
+        raise UserError(f"use_gpu {use_gpu}")
+
+    monkeypatch.setattr("evatok.distributed.train.train", asked)
+    with pytest.raises(UserError, match=f"use_gpu {use_gpu}"):
+        ray_run(tmp_path, toy.ToyTask(), workers=0, use_gpu=use_gpu)

@@ -88,7 +88,7 @@ def test_the_videomae_adversary_loads_a_local_folder(tmp_path: Path) -> None:
 
 
 def test_a_missing_backbone_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no VideoMAEModel at the folder"):
+    with pytest.raises(UserError, match="holds no model"):
         build_adversary(VideoMaeAdversaryConfig(source=str(tmp_path)), TokenizerConfig())
 
 

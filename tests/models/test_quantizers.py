@@ -226,3 +226,11 @@ def test_autocast_does_not_blur_the_choice_of_codes() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantizer.assign(z), exact)
         assert torch.equal(quantizer(z).indices, exact)
+
+
+def test_fsq_gives_non_finite_inputs_codes_of_the_codebook() -> None:
+    quantizer = build({"kind": "fsq", "levels": (5, 3)})
+    found = quantizer(torch.tensor([[float("nan"), 0.0], [float("inf"), float("-inf")]]))
+    assert found.indices.min() >= 0
+    assert found.indices.max() < 15
+    assert not found.codes.isfinite().all()

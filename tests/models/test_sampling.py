@@ -85,6 +85,21 @@ def test_cached_sampling_equals_uncached_for_ragged_clips(position, guidance):
     assert torch.equal(cached.indices, uncached.indices)
 
 
+@pytest.mark.parametrize("position", ["absolute", "rope"])
+def test_samples_in_bf16_are_valid_and_their_logits_fp32(position, monkeypatch):
+    model = build(network={"position": position}, scale=0.3).to_bf16()
+    seen = []
+    monkeypatch.setattr(sampling, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
+    for cached in (True, False):
+        tokens = sample(model, requests(9, budget=12), SamplingConfig(slots=4, guidance=2), cached=cached)
+        assert_valid(tokens, model, 9)
+    assert model.new_cache(1).keys.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.layers.parameters()} == {torch.bfloat16}
+    # More digits than bfloat16 has.
+    logits = torch.cat([row.flatten() for row in seen])
+    assert (logits != logits.bfloat16().float())[logits.isfinite()].any()
+
+
 @pytest.mark.parametrize("slots", [1, 3, 64])
 def test_a_seed_gives_the_same_clip_alone_and_in_any_batch(slots):
     model = build()

@@ -66,7 +66,7 @@ def test_a_teacher_at_another_size_numbers_the_places_of_its_input(tmp_path: Pat
 
 
 def test_a_missing_teacher_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no VJEPA2Model at the folder"):
+    with pytest.raises(UserError, match="holds no model"):
         build_teacher(TeacherConfig(source=str(tmp_path)), TOKENIZER)
 
 

@@ -80,6 +80,12 @@ def test_clips_are_the_same_however_they_are_split_over_tasks():
         assert (row["mp4"] is None) == (row["number"] >= 2)
 
 
+def test_clips_are_sampled_in_the_precision_of_the_config():
+    maker = producer(precision="bf16", shown=0)
+    assert maker.generator.norm.weight.dtype == torch.bfloat16
+    assert len(produce(np.arange(4), maker).table) == 4
+
+
 def test_stage_generates_in_ray_tasks_and_reports_tokens(ray_cluster, tmp_path):
     maker = producer(clips=6, clips_per_task=4, shown=2)
     for name in ("tokenizer", "generator"):
@@ -171,8 +177,52 @@ def test_distance_is_named_after_its_network(tmp_path):
 def test_settings_that_cannot_work_are_named_before_anything_runs(config, labels, class_dropout, key):
     experiment = SimpleNamespace(
         tokenizer=SimpleNamespace(model=TINY),
-        tokens=SimpleNamespace(labels=labels),
+        index=SimpleNamespace(source=SimpleNamespace(kind="ucf101")),
+        tokens=SimpleNamespace(labels=labels, part=None, condition=()),
         generator=SimpleNamespace(network=SimpleNamespace(class_dropout=class_dropout)),
     )
     assert list(dict(STAGE.check(parse(str(config), GenerateConfig, "test"), experiment))) == [key]
     assert not list(STAGE.check(GenerateConfig(), experiment))
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"assignment": [4, 1, 0], "budget": 6}, None),
+        ({"assignment": [4, 2, 0]}, "generate.assignment"),
+        ({"budget": 5}, "generate.budget"),
+        ({"assignment": [0, 0, 4], "budget": 8}, "generate.budget"),
+    ],
+)
+def test_a_frame_predictors_assignment_and_budget_leave_room_for_its_condition(config, key):
+    experiment = SimpleNamespace(
+        index=SimpleNamespace(source=SimpleNamespace(kind="ucf101")),
+        tokenizer=SimpleNamespace(model=TINY),
+        tokens=SimpleNamespace(labels=False, part=None, condition=(4, 1)),
+    )
+    assert list(dict(STAGE.check(GenerateConfig(**config), experiment))) == ([key] if key else [])
+    if key is None:
+        table = produce(np.arange(4), producer(condition=torch.zeros(2, 5).long(), **config)).table
+        assert table["lengths"].to_pylist() == [[4, 1, 1]] * 4
+
+
+@pytest.mark.parametrize(
+    ("source", "part", "fits"),
+    [
+        ({"kind": "folder"}, None, False),
+        ({"kind": "ucf101"}, None, True),
+        ({"kind": "mixture"}, "films", False),
+        ({"kind": "mixture"}, None, True),
+    ],
+)
+def test_guidance_needs_clips_that_have_classes(source, part, fits):
+    parts = {"films": "webvid", "sports": "ucf101"}
+    named = {name: SimpleNamespace(source=SimpleNamespace(kind=kind)) for name, kind in parts.items()}
+    experiment = SimpleNamespace(
+        index=SimpleNamespace(source=SimpleNamespace(**source, parts=named)),
+        tokenizer=SimpleNamespace(model=TINY),
+        tokens=SimpleNamespace(labels=True, part=part, condition=()),
+        generator=SimpleNamespace(network=SimpleNamespace(class_dropout=0.1)),
+    )
+    found = dict(STAGE.check(GenerateConfig(sampling={"guidance": 2}), experiment))
+    assert list(found) == ([] if fits else ["generate.sampling.guidance"])

@@ -59,7 +59,9 @@ def test_a_policy_that_cannot_assign_batch_by_batch_is_refused_before_anything_s
     config = TokenizerStageConfig.model_validate(
         {"model": {"frames": 8}, "policy": policy, "train": {"steps": 1, "global_batch": 2}}
     )
-    experiment = SimpleNamespace(resources=SimpleNamespace(workers=1), proxy=None)
+    experiment = SimpleNamespace(
+        resources=SimpleNamespace(workers=1), proxy=None, index=SimpleNamespace(frames=16)
+    )
     found = dict(tokenizer.STAGE.check(config, experiment))
     if message is None:
         assert found == {}
@@ -67,9 +69,12 @@ def test_a_policy_that_cannot_assign_batch_by_batch_is_refused_before_anything_s
         assert message in found["tokenizer.policy"]
 
 
-def problems(losses: dict[str, Any], **model: Any) -> dict[str, str]:
-    given = {"model": {"frames": 8} | model, "losses": losses, "train": {"steps": 1, "global_batch": 2}}
-    experiment = SimpleNamespace(resources=SimpleNamespace(workers=1), proxy=None)
+def problems(losses: dict[str, Any], train: dict[str, Any] | None = None, **model: Any) -> dict[str, str]:
+    steps = {"steps": 1, "global_batch": 2} | (train or {})
+    given = {"model": {"frames": 8} | model, "losses": losses, "train": steps}
+    experiment = SimpleNamespace(
+        resources=SimpleNamespace(workers=1), proxy=None, index=SimpleNamespace(frames=16)
+    )
     found = dict(proxy.STAGE.check(TokenizerTraining.model_validate(given), experiment))
     final = dict(tokenizer.STAGE.check(TokenizerStageConfig.model_validate(given), experiment))
     assert final == {key.replace("proxy", "tokenizer"): problem for key, problem in found.items()}
@@ -176,3 +181,30 @@ def evatok(*words: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()[-1]
+
+
+def test_a_clip_must_have_the_frames_of_the_model() -> None:
+    assert "more than the 16 of a clip (index.frames)" in problems({}, frames=32)["proxy.model.frames"]
+
+
+def test_the_best_checkpoints_go_by_what_is_measured() -> None:
+    off = {"perceptual": 0, "alignment": 0}
+    asked = {"keep_by": "max eval_psnr", "eval_every": 1}
+    assert problems(off, asked) == {}
+    assert problems(off, {"keep_by": "min loss"}) == {}
+    assert "allowed are loss" in problems(off, asked | {"eval_every": 0})["proxy.train.keep_by"]
+    wrong = problems(off, asked | {"keep_by": "min eval_perceptual"})["proxy.train.keep_by"]
+    assert "allowed are loss, eval_psnr, eval_tokens" in wrong
+
+
+def test_what_does_not_fit_the_pretrained_models_is_told_before_anything_runs(tmp_path: Path) -> None:
+    for name, settings in (("teacher", '{"tubelet_size": 2}'), ("critic", '{"num_hidden_layers": 4}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(settings)
+        (tmp_path / name / "model.safetensors").touch()
+    critic = {"kind": "videomae", "source": str(tmp_path / "critic"), "taps": (0, 4)}
+    losses = {"teacher": {"source": str(tmp_path / "teacher")}, "adversary": critic}
+    assert problems(losses) == {}
+    assert "tubelet, 2 frames" in problems(losses, patch=(1, 8, 8))["proxy.model.patch"]
+    found = problems(losses | {"adversary": critic | {"taps": (0, 5)}})
+    assert "[5]: the network has hidden states 0 to 4" in found["proxy.losses.adversary.taps"]

@@ -14,7 +14,7 @@ from evatok.models.sequence import NO_CLASS
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
 from evatok.stages.fanning import ClipReader
 from evatok.stages.stage import Resources, StageContext
-from evatok.stages.tokens import STAGE, Encoder, TokensConfig, encode_clips
+from evatok.stages.tokens import STAGE, Encoder, TokensConfig, draw_clips, encode_clips
 from evatok.training.token_table import SCHEMA, read_rows, read_vocabulary
 from evatok.video.decode import ClipFormat, decode_clip
 from evatok.video.index import REJECTED_SCHEMA, ClipIndex, write_index
@@ -112,6 +112,22 @@ def test_frame_prediction_encodes_the_given_frames_alone_and_routes_within_the_p
         assert table["indices"][row].as_py()[:4] == alone[:4].tolist()
 
 
+def test_a_pass_draws_its_clips_of_every_video(tmp_path):
+    lengths = [1, 5, 2, 7]
+    uris = [f"{video}.mp4" for video, clips in enumerate(lengths) for _ in range(clips)]
+    rows = [{"clip_id": str(i), "uri": uri, "start": 0.0, "fps": 0.0} for i, uri in enumerate(uris)]
+    location = Location.parse(tmp_path)
+    write_index(location, pa.Table.from_pylist(rows, INDEX_SCHEMA), REJECTED_SCHEMA.empty_table())
+    index, train = ClipIndex.open(location), np.arange(1, len(uris))
+    drawn = draw_clips(index, train, TokensConfig(passes=6, clips_per_video=2), seed=3)
+    for part in drawn:
+        assert [uris[row] for row in part] == [f"{video}.mp4" for video in (1, 1, 2, 2, 3, 3)]
+        assert len(set(part)) == 6
+    assert len({tuple(part) for part in drawn}) > 1
+    assert len({row for part in drawn for row in part}) > 10
+    assert draw_clips(index, train, TokensConfig(passes=2), seed=3) == [train, train]
+
+
 def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, monkeypatch):
     maker = encoder(index, passes=2, clips_per_task=2)
     maker.tokenizer.save_pretrained(tmp_path / "tokenizer/model")
@@ -130,7 +146,7 @@ def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, mon
     )
     metrics = STAGE.run(context)
     assert (metrics["clips"], metrics["rejected"], metrics["mean_tokens"]) == (8, 1, 6.0)
-    rows = read_rows(context.location, "train")
+    rows = read_rows(context.location, "train", ["clip_id", "augmentation", "indices"])
     assert rows["clip_id"].to_pylist() == ["c0", "c1", "c2", "c4"] * 2
     assert rows["augmentation"].to_pylist() == [0] * 4 + [1] * 4
     plain = encode_clips((np.arange(5), 0), maker).table
@@ -149,15 +165,20 @@ def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, mon
         ({"condition": [4], "given_frames": 3, "policy": {"kind": "oracle"}}, "tokens.policy"),
         ({"policy": {"kind": "budgeted", "budget": 9, "scope": "batch"}}, "tokens.policy"),
         ({"policy": {"kind": "uniform", "count": 3}}, "tokens.policy"),
+        ({"part": "b"}, "tokens.part"),
     ],
 )
 def test_settings_that_do_not_fit_the_tokenizer_are_named_before_anything_runs(config, key):
-    experiment = SimpleNamespace(tokenizer=SimpleNamespace(model=TINY))
-    found = dict(STAGE.check(TokensConfig(**config), experiment))
+    found = dict(STAGE.check(TokensConfig(**config), experiment_of(TINY)))
     assert list(found) == [key]
+    assert not dict(STAGE.check(TokensConfig(part="a"), experiment_of(TINY)))
 
 
 def test_residual_codes_are_refused():
     model = TINY.model_copy(update={"quantizer": SimpleNamespace(kind="residual_vq")})
-    experiment = SimpleNamespace(tokenizer=SimpleNamespace(model=model))
-    assert "tokenizer.model.quantizer.kind" in dict(STAGE.check(TokensConfig(), experiment))
+    assert "tokenizer.model.quantizer.kind" in dict(STAGE.check(TokensConfig(), experiment_of(model)))
+
+
+def experiment_of(model):
+    source = SimpleNamespace(kind="mixture", parts={"a": None})
+    return SimpleNamespace(index=SimpleNamespace(source=source), tokenizer=SimpleNamespace(model=model))

@@ -10,11 +10,17 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from evatok.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).parent))
 from toy import ToyTask, toy_run
 
 
 def main(folder: Path, alone: Path) -> None:
+    try:
+        toy_run(folder / "broken", ToyTask(broken="no weights here"))
+    except UserError as error:
+        (folder / f"broken{dist.get_rank()}").write_text(str(error))
     for stage in range(4):
         kept = folder / f"stage{stage}"
         rows, _ = toy_run(kept, zero_stage=stage)

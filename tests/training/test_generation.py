@@ -60,7 +60,7 @@ def test_rows_are_stored_and_collated_without_padding(tmp_path):
     location = Location.parse(tmp_path)
     location.write_table(f"{ROWS}/0.parquet", table.slice(0, 2))
     location.write_table(f"{ROWS}/2.parquet", table.slice(2))
-    rows = read_rows(location, "train")
+    rows = read_rows(location, "train", table.column_names)
     assert rows["clip_id"].to_pylist() == ["c0", "c1", "c2"]
     assert count_rows(location, "test") == 1
     assert mean_tokens(location, "train") == pytest.approx((5 + 4 + 8) / 3)
@@ -70,6 +70,13 @@ def test_rows_are_stored_and_collated_without_padding(tmp_path):
     assert torch.equal(batch["lengths"], LENGTHS[[2, 0]])
     assert torch.equal(batch["condition"], torch.tensor([[4, 5], [0, 1]]))
     assert batch["label"].tolist() == [NO_CLASS, 0]
+
+
+def test_rows_have_room_for_more_codes_than_32_bits_count(tmp_path):
+    location = Location.parse(tmp_path)
+    location.write_table(f"{ROWS}/0.parquet", encoded()[0])
+    rows = read_rows(location, "train", ["indices"])
+    assert rows.schema.types == [pa.large_list(pa.int32())]
 
 
 def test_missing_tokens_are_an_error_that_names_the_stage(tmp_path):

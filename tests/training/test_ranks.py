@@ -56,6 +56,12 @@ def test_two_workers_end_with_the_weights_of_one(alone: SimpleNamespace, pair: P
     assert_same_weights(result(pair, stage)["weights"], alone.weights)
 
 
+def test_what_one_rank_cannot_build_is_told_by_all(pair: Path) -> None:
+    assert {(pair / f"broken{rank}").read_text() for rank in range(2)} == {
+        "no weights here (on worker 1 of 2)"
+    }
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_ranks_infinite_gradient_is_skipped_by_all_and_counted(
     alone: SimpleNamespace, pair: Path, stage: int

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from evatok.artifacts import Location
+from evatok.errors import UserError
 from evatok.training.checkpoint import FolderCheckpoints
 from evatok.training.loop import TrainConfig, train
 from evatok.training.tasks import Batch, Metrics, Modules, Task
@@ -30,10 +31,13 @@ class ToyTask(Task):
     poison: tuple[int, ...] = ()  # steps whose loss is made infinite
     steep: tuple[int, ...] = ()  # steps whose loss is finite, but on the last rank its gradient is not,
     steep_engine: str = "model"  # for this engine
+    broken: str = ""  # what the last rank cannot be built for
     die_at: int = -1  # step at which one process kills itself, once,
     marker: str = ""  # which is when this file is not there yet
 
     def build(self, device: torch.device) -> dict[str, nn.Module]:
+        if self.broken and dist.get_rank() == dist.get_world_size() - 1:
+            raise UserError(self.broken)
         body = [nn.Linear(5, 13), nn.Tanh(), nn.Dropout(self.dropout), nn.BatchNorm1d(13, momentum=0.0)]
         modules: dict[str, nn.Module] = {
             "model": nn.Sequential(*body[: 3 if self.dropout else 2], nn.Linear(13, 3))
