@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class Settings(Config):
-    """What is searched. The defaults take about eight minutes on two cores."""
+    """What is searched. The defaults take about ten minutes on two cores."""
 
     run: str | None = Field(
         None, description="folder of a run, for its trained proxy and its clips; none: a proxy trained here"
