@@ -17,13 +17,12 @@ Leaves ``table/`` (quality of all assignments with the final tokenizer, see ``as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
@@ -33,7 +32,6 @@ from evatok.artifacts import Location, read_manifest
 from evatok.assignment.policies import (
     KINDS,
     BasePolicy,
-    BudgetedPolicy,
     Evidence,
     Policy,
     Sources,
@@ -47,37 +45,23 @@ from evatok.assignment.table import RewardRows, RewardTable
 from evatok.config import OPERATIONAL, Config
 from evatok.errors import UserError
 from evatok.metrics.comparison import SAVINGS, Comparison, Point
-from evatok.metrics.frechet import FEWEST_CLIPS, I3D, FeatureStatistics, frechet_distance, precision_recall
+from evatok.metrics.frechet import FEWEST_CLIPS, I3D
 from evatok.metrics.perceptual import load_quality
 from evatok.models.tokenizer import VideoTokenizer
-from evatok.stages.fanning import ClipReader, fan_out_models
+from evatok.stages.fanning import ClipReader
+from evatok.stages.frechet import FrechetClips, compare_features
 from evatok.stages.judge import (
     Judge,
     Setting,
-    assign_and_take_features,
+    fan_out_over,
     film_clip,
+    ranges,
     score_clips,
-    take_features,
     to_evidence,
 )
 from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
 from evatok.video.index import ClipIndex
-
-if TYPE_CHECKING:
-    from evatok.distributed.fanout import ShardOutput
-    from evatok.distributed.schedule import Shard
-
-CLIPS_PER_TASK = 4  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
-
-
-class FrechetClips(Config):
-    """Clips that need not have been curated, so that a set may be as large as a paper's."""
-
-    split: Literal["train", "test"] = Field("train", description="split of the index")
-    part: str | None = Field(None, description="only this part of a mixture; none: all clips of the split")
-    one_per_video: bool = Field(True, description="of each video one of its clips, drawn at random (LARP)")
-    count: int | None = Field(None, ge=2, description="at most so many, drawn at random; none: all")
 
 
 class EvaluateConfig(Config):
@@ -130,7 +114,8 @@ def run(context: StageContext) -> dict[str, Any]:
     location.write_json("policies.json", {**policies, "clips": len(known), "policies": comparison.policies()})
     summary = {"budget": budget, **comparison.summary()}
     if config.frechet:
-        for policy, distances in compare_features(context, judge, known, points).items():
+        found = compare_features(context, judge, known, points, config.frechet_clips)
+        for policy, distances in found.items():
             summary["policies"][policy] |= distances
     location.write_json("summary.json", summary)
     film(context, judge, known, points, rewards)
@@ -330,78 +315,6 @@ def per_clip(known: RewardRows, points: Sequence[Point]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def compare_features(
-    context: StageContext, judge: Judge, known: RewardRows, points: Sequence[Point]
-) -> dict[str, dict[str, float]]:
-    """Per policy at its headline setting: how far the set of reconstructions is from the originals.
-
-    On clips of their own also ``frechet_tokens``, their mean tokens, and ``frechet_clips``, their number.
-    """
-    from evatok.distributed.schedule import Shard
-
-    config: EvaluateConfig = context.config
-    work: Callable[[Any, Judge], ShardOutput]
-    if config.frechet_clips is None:
-        shown = [point for point in points if point.headline]
-        names = [point.policy for point in shown]
-        specs: list[Any] = [
-            (known.row[start:stop].numpy(), [point.assignment[start:stop] for point in shown])
-            for start, stop in ranges(len(known))
-        ]
-        count, work = len(known), take_features
-    else:
-        settings = [setting for setting in judge.settings if setting.headline and alone(setting.policy)]
-        names = [setting.name for setting in settings]
-        rows = draw(judge.clips.index, config.frechet_clips, context.seed)
-        policies = [setting.policy for setting in settings]
-        specs = [(start, rows[start:stop], policies) for start, stop in ranges(len(rows))]
-        count, work = len(rows), assign_and_take_features
-    shards = [
-        Shard(f"{start:08d}-{stop:08d}.parquet", stop - start, spec)
-        for (start, stop), spec in zip(ranges(count), specs)
-    ]
-    fan_out_over(context, shards, work, "features", judge, "clips")
-    table = context.location.read_table("features")
-    assert judge.features is not None
-    original = torch.from_numpy(np.stack(table["original"].to_numpy()))
-    found = {}
-    for number, name in enumerate(names):
-        features = torch.from_numpy(np.stack(table[str(number)].to_numpy()))
-        distance = frechet_distance(FeatureStatistics.of(original), FeatureStatistics.of(features))
-        precision, recall = precision_recall(original, features)
-        values = {"frechet": distance, "precision": precision, "recall": recall}
-        found[name] = {f"{key}[{judge.features.name}]": value for key, value in values.items()}
-        if config.frechet_clips is not None:
-            tokens = float(table[f"tokens-{number}"].to_numpy().mean())
-            found[name] |= {"frechet_tokens": tokens, "frechet_clips": len(table)}
-    return found
-
-
-def alone(policy: BasePolicy) -> bool:
-    """Whether the policy assigns a clip by itself and without measuring what a tokenizer makes of it."""
-    jointly = isinstance(policy, BudgetedPolicy) and policy.scope == "batch"
-    return not (policy.reads_losses or policy.whole_set or jointly)
-
-
-def draw(index: ClipIndex, wanted: FrechetClips, seed: int) -> NDArray[np.int64]:
-    """Rows of the index, ascending. UserError where there are fewer than two."""
-    view = index.select(split=wanted.split)
-    if wanted.part is not None:
-        view = view.part(wanted.part)
-    order = np.random.default_rng(seed).permutation(len(view))
-    if wanted.one_per_video:
-        video = view.column("uri").cast(pa.string()).combine_chunks().dictionary_encode().indices.to_numpy()
-        _, first = np.unique(video[order], return_index=True)
-        order = order[np.sort(first)]
-    chosen = np.sort(order[: wanted.count])
-    if len(chosen) < 2:
-        raise UserError(
-            f"evaluate.frechet_clips: {index.location.uri} has {len(chosen)} such clips, and a distance of"
-            " sets needs two at least"
-        )
-    return chosen if view.selected is None else view.selected[chosen]
-
-
 def film(
     context: StageContext, judge: Judge, known: RewardRows, points: Sequence[Point], rewards: Tensor
 ) -> None:
@@ -451,33 +364,6 @@ def film(
         "samples.json", {"metric": metric, "width": size, "height": size, "clips": clips}
     )
     context.location.delete("films")
-
-
-def ranges(clips: int) -> list[tuple[int, int]]:
-    """The clips of every task: [start, stop)."""
-    return [(start, min(start + CLIPS_PER_TASK, clips)) for start in range(0, clips, CLIPS_PER_TASK)]
-
-
-def fan_out_over(
-    context: StageContext,
-    shards: Sequence[Shard],
-    work: Callable[[Any, Any], ShardOutput],
-    target: str,
-    judge: Judge,
-    unit: str,
-    assignments: int = 0,
-) -> None:
-    """The shards of this stage, with its resources and progress."""
-    fan_out_models(
-        context,
-        shards,
-        work,
-        target,
-        state=judge,
-        unit=unit,
-        figures=lambda progress: {"per_second": progress.rate},
-        assignments=assignments,
-    )
 
 
 def _inputs(config: EvaluateConfig) -> tuple[str, ...]:

@@ -1,12 +1,12 @@
-"""What the tasks of the evaluate stage do with clips: score them, film them, take features of them."""
+"""The tasks of the evaluate stage: they score clips, film them, take features of them."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +20,16 @@ from evatok.assignment.table import RewardRows, to_table
 from evatok.metrics.frechet import I3D
 from evatok.metrics.pixels import QualityMetric
 from evatok.models.tokenizer import VideoTokenizer
-from evatok.stages.fanning import ClipReader
+from evatok.stages.fanning import ClipReader, fan_out_models
+from evatok.stages.stage import StageContext
 from evatok.video.decode import ClipFormat
 from evatok.video.write import write_video
 
 if TYPE_CHECKING:
     from evatok.distributed.fanout import ShardOutput
+    from evatok.distributed.schedule import Shard
 
+CLIPS_PER_TASK = 4  # fixed: how clips are batched decides the last digits, so it must not follow the cluster
 ERROR_GAIN = 4  # how many times as bright the error is shown
 SHORT_SIDE = 128  # samples are shown at least this large, pixels
 PLAYBACK_FPS = 8
@@ -187,3 +190,30 @@ def features_of(clips: Tensor, assignments: Sequence[Tensor], judge: Judge) -> p
     for number, assignment in enumerate(assignments):
         columns[str(number)] = judge.features(judge.reconstruct(clips, assignment))
     return pa.table({name: list(x.float().cpu().numpy()) for name, x in columns.items()})
+
+
+def ranges(clips: int) -> list[tuple[int, int]]:
+    """The clips of every task: [start, stop)."""
+    return [(start, min(start + CLIPS_PER_TASK, clips)) for start in range(0, clips, CLIPS_PER_TASK)]
+
+
+def fan_out_over(
+    context: StageContext,
+    shards: Sequence[Shard],
+    work: Callable[[Any, Any], ShardOutput],
+    target: str,
+    judge: Judge,
+    unit: str,
+    assignments: int = 0,
+) -> None:
+    """The shards of this stage, with its resources and progress."""
+    fan_out_models(
+        context,
+        shards,
+        work,
+        target,
+        state=judge,
+        unit=unit,
+        figures=lambda progress: {"per_second": progress.rate},
+        assignments=assignments,
+    )

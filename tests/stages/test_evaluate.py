@@ -24,7 +24,8 @@ from evatok.models.router import Router, RouterConfig
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
 from evatok.report.page import render
 from evatok.stages.curate import CurateConfig, write_statistics
-from evatok.stages.evaluate import STAGE, EvaluateConfig, FrechetClips, draw, run
+from evatok.stages.evaluate import STAGE, EvaluateConfig, run
+from evatok.stages.frechet import FrechetClips, draw
 from evatok.stages.stage import Resources, StageContext
 from evatok.video.decode import ClipFormat, decode_clip
 from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, SourceShare, write_index
