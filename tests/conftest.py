@@ -67,6 +67,7 @@ def ray_cluster() -> Iterator[str]:
     """
     import ray
 
+    _end_shared_cluster()  # Ray starts by itself where a test before used it without asking
     context = ray.init(
         address="local",
         num_cpus=4,
