@@ -60,12 +60,6 @@ class TokenizerConfig(Config):
         description="encode every block with the most tokens there are, then keep the first so many"
         " (ElasticTok, AdapTok, One-D-Piece); the paper creates only the tokens it keeps",
     )
-    position_std: float | None = Field(
-        None,
-        gt=0,
-        description="spread that position embeddings start from; none: width ** -0.5 (GigaTok). With 1,"
-        " patches and tokens find each other in hundreds of steps instead of thousands",
-    )
     causal: bool = Field(True, description="block-causal attention; off: every block sees all (LARP)")
     align_layer: int = Field(3, gt=0, description="decoder layer whose output is aligned (GigaTok)")
 
@@ -142,10 +136,10 @@ class VideoTokenizer(PretrainedModel):
         super().__init__(config)
         width, most = config.encoder.width, config.choices[-1]
         self.patch_embed = nn.Linear(config.voxels, width)
-        self.patch_position = self._position(config.patches, width)
+        self.patch_position = nn.Parameter(torch.randn(config.blocks, config.patches, width) * width**-0.5)
         if config.encoder_queries == "pooled":
             self.query_projection = nn.Linear(width, width)
-        self.query_position = self._position(most, width)
+        self.query_position = nn.Parameter(torch.randn(config.blocks, most, width) * width**-0.5)
         self.encoder = QFormer(config.encoder)
         self.quantizer = build_quantizer(config.quantizer)
         self.to_code = nn.Sequential(
@@ -155,17 +149,12 @@ class VideoTokenizer(PretrainedModel):
         self.from_code = nn.Sequential(
             nn.Linear(self.quantizer.dim, config.latent), nn.Linear(config.latent, width)
         )
-        self.token_position = self._position(most, width)
-        self.pixel_position = self._position(config.patches, width)
+        self.token_position = nn.Parameter(torch.randn(config.blocks, most, width) * width**-0.5)
+        self.pixel_position = nn.Parameter(torch.randn(config.blocks, config.patches, width) * width**-0.5)
         self.decoder = QFormer(config.decoder)
         self.to_pixels = nn.Linear(width, config.voxels)
         nn.init.zeros_(self.to_pixels.bias)
         nn.init.normal_(self.to_pixels.weight, std=0.002)  # reconstructions start grey, not as noise
-
-    def _position(self, count: int, width: int) -> nn.Parameter:
-        """Learned embeddings of a block's ``count`` places, ``[T, count, width]``."""
-        std = self.config.position_std or width**-0.5
-        return nn.Parameter(torch.randn(self.config.blocks, count, width) * std)
 
     @property
     def choices(self) -> tuple[int, ...]:

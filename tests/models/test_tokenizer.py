@@ -145,13 +145,6 @@ def test_images_are_clips_of_one_frame() -> None:
     assert output.reconstruction.shape == (2, 3, 1, 16, 16)
 
 
-@pytest.mark.parametrize("std", [None, 1.0])
-def test_positions_start_with_the_spread_that_the_config_names(std: float | None) -> None:
-    model = small(position_std=std)
-    for position in (model.patch_position, model.query_position, model.token_position, model.pixel_position):
-        assert position.std().item() == pytest.approx(std or position.shape[-1] ** -0.5, rel=0.1)
-
-
 def test_a_dropped_tail_changes_nothing_before_it() -> None:
     model, clips = lively(drop_tail=True), random_clips(1)
     few, many = (model.encode(clips, torch.tensor([[k] * 4])).to_sequences()[0] for k in (5, 32))
