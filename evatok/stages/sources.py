@@ -20,8 +20,10 @@ _SOURCES = {"proxy": "proxy", "router": "router", "training table": "curate", "s
 
 
 def policy_stages(policy: BasePolicy) -> tuple[str, ...]:
-    """Stages whose artifacts the policy draws on."""
-    return tuple(dict.fromkeys(_SOURCES[name] for name in policy.needs))
+    """Stages that its assignments come of: what it needs, and what that was made from and weighed by."""
+    if not policy.needs:
+        return ()
+    return ("proxy", "curate", *["router"] * ("router" in policy.needs))
 
 
 def policy_sources(
