@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
@@ -96,8 +95,7 @@ def draw(index: ClipIndex, wanted: FrechetClips, seed: int) -> NDArray[np.int64]
         view = view.part(wanted.part)
     order = np.random.default_rng(seed).permutation(len(view))
     if wanted.one_per_video:
-        video = view.column("uri").cast(pa.string()).combine_chunks().dictionary_encode().indices.to_numpy()
-        _, first = np.unique(video[order], return_index=True)
+        _, first = np.unique(view.videos()[order], return_index=True)
         order = order[np.sort(first)]
     chosen = np.sort(order[: wanted.count])
     if len(chosen) < 2:

@@ -190,7 +190,7 @@ def draw_clips(
     """The rows int64 of the index, ascending, that each pass encodes of the training clips ``rows``."""
     if config.clips_per_video is None:
         return [rows] * config.passes
-    videos = index.column("uri").unify_dictionaries().combine_chunks().indices.to_numpy()[rows]
+    videos = index.videos()[rows]
     drawn = []
     for augmentation in range(config.passes):
         order = np.random.default_rng([seed, augmentation]).permutation(len(rows))

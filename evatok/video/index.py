@@ -131,6 +131,13 @@ class ClipIndex:
         values = table.column(name)
         return values if self.selected is None else values.take(pa.array(self.selected))
 
+    def videos(self) -> NDArray[np.int32]:
+        """For each clip of the view a number of the video that it is cut from."""
+        numbers: NDArray[np.int32] = (
+            self.column("uri").unify_dictionaries().combine_chunks().indices.to_numpy()
+        )
+        return numbers
+
     def labels(self) -> list[str]:
         """The distinct labels of the view in alphabetical order; a clip's label number is its place here."""
         return sorted(value for value in pc.unique(self.column("label")).to_pylist() if value is not None)
