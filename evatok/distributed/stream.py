@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from evatok.video.decode import ClipFormat, DecodeError, StorageError, decode_clip
+from evatok.video.decode import STORAGE_PATIENCE, ClipFormat, DecodeError, StorageError, decode_clip
 from evatok.video.guard import Guard
 from evatok.video.index import PREPARED, ClipIndex
 from evatok.video.order import Order
@@ -41,7 +41,6 @@ _POSITIONS_PER_EXECUTION = 1 << 18
 _POSITIONS_PER_READ = 1 << 16
 _VIDEOS_TRIED = 16  # that may fail one after another before the stream gives up
 _ROWS_AHEAD = 256  # looked at together for the next video
-_PATIENCE = (1.0, 4.0, 16.0)  # seconds to wait for a storage that fails before a clip is replaced
 
 
 def ordered_stream(
@@ -346,7 +345,7 @@ class ClipFetch:
 
 def _patiently(work: Callable[..., None], *arguments: Any) -> None:
     """Do it, again where a storage fails that may only be busy."""
-    for seconds in _PATIENCE:
+    for seconds in STORAGE_PATIENCE:
         try:
             return work(*arguments)
         except StorageError as error:

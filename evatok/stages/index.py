@@ -26,7 +26,7 @@ from evatok.stages.fanning import follow
 from evatok.stages.listing import LISTING, Listing, read_rows
 from evatok.stages.materialize import materialize
 from evatok.stages.stage import Stage, StageContext
-from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, StorageError, probe
+from evatok.video.decode import STORAGE_PATIENCE, ClipFormat, DecodeError, MediaLimits, StorageError, probe
 from evatok.video.guard import Guard
 from evatok.video.index import CLIPS, REJECTED, REJECTED_SCHEMA, SCHEMA, IndexWriter, SourceShare, clip_starts
 from evatok.video.sources import AnySource, MixtureSource
@@ -44,7 +44,6 @@ _VIDEOS_PER_TASK = 128
 
 # What may be mended without a change of the file: it is probed again in every index.
 _PASSING = ("timeout", "missing", "storage")
-_PATIENCE = (1.0, 4.0, 16.0)  # seconds before files that a storage did not deliver are asked for again
 
 _PROBED = pa.schema(
     [
@@ -257,7 +256,7 @@ def _probe_shard(spec: tuple[IndexConfig, Location, int, NDArray[np.int64]], gua
     listed = read_rows(location, version, rows)
     found: list[dict[str, Any]] = [{} for _ in listed]
     sought = list(range(len(listed)))
-    for pause in (0.0, *_PATIENCE):
+    for pause in (0.0, *STORAGE_PATIENCE):
         time.sleep(pause)
         failed = []
         for k in sought:

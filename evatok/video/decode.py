@@ -63,6 +63,10 @@ class StorageError(OSError):
     """The storage of a media file failed, which says nothing about the file; the message names both."""
 
 
+STORAGE_PATIENCE = (1.0, 4.0, 16.0)
+"""Seconds to wait, time after time, before a storage that failed is asked again."""
+
+
 class MediaLimits(Config):
     """What a media file may ask of us before it is refused."""
 

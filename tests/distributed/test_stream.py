@@ -190,7 +190,7 @@ class _Deadly:
 def test_a_storage_that_fails_for_a_moment_costs_no_clip(index, monkeypatch):
     from evatok.distributed import stream as module
 
-    monkeypatch.setattr(module, "_PATIENCE", (0.01, 0.01))
+    monkeypatch.setattr(module, "STORAGE_PATIENCE", (0.01, 0.01))
     failures = iter([True, True, False, False])
 
     def decode(uri, start, *rest, **options):

@@ -153,7 +153,7 @@ def test_a_storage_that_fails_ends_the_task_and_rejects_nothing(tmp_path):
 
 
 def test_a_file_that_alone_cannot_be_delivered_is_rejected_and_probed_again_next_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("evatok.stages.index._PATIENCE", (0.0, 0.0))
+    monkeypatch.setattr("evatok.stages.index.STORAGE_PATIENCE", (0.0, 0.0))
     location = Location.parse(tmp_path)
     listing, _, _ = many_videos(location, 8, 1)
     config = folder_index("/videos")
