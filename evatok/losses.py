@@ -26,6 +26,12 @@ class LossConfig(Config):
     """
 
     l1: float = Field(1.0, ge=0, description="weight of the mean absolute error (LARP)")
+    l2: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the mean squared error (not in EVATok); the L1 of a short training favours the"
+        " median, which leaves small things out",
+    )
     perceptual: float = Field(1.0, ge=0, description="weight of the perceptual term (LARP, GigaTok)")
     perceptual_kind: Perceptual = Field("lpips-vgg", description="dssim needs no pretrained weights")
     perceptual_frames: int | None = Field(

@@ -1,4 +1,7 @@
-"""What the stream costs: clips per second into a worker, against the bare decoder and a DataLoader."""
+"""What the stream costs: clips per second into a worker, against the bare decoder and a DataLoader.
+
+And what prepared clips gain over decoding.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,9 @@ from evatok.artifacts import Location
 from evatok.config import Config
 from evatok.distributed import cluster
 from evatok.distributed.stream import clip_stream, large_blocks, reading_rate
-from evatok.video.decode import ClipFormat, decode_clip, probe
-from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
+from evatok.stages.materialize import materialize
+from evatok.video.decode import ClipFormat, MediaLimits, decode_clip, probe
+from evatok.video.index import PREPARED, REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.synthetic import write_videos
 
 FRAMES = 16
@@ -31,10 +35,10 @@ SHORT_GROUP, LONG_GROUP = 16, 256  # frames from keyframe to keyframe
 
 class StreamBenchConfig(Config):
     processes: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
-    clips: int = Field(default=2048, gt=0, description="measured in each of the three ways")
+    clips: int = Field(default=2048, gt=0, description="measured in each of the ways")
     warm_up: int = Field(default=512, ge=0, description="clips of the stream before its clock starts")
     batch: int = Field(default=16, gt=0, description="clips per batch of the training worker")
-    rounds: int = Field(default=2, gt=0, description="the three ways in turn; the medians are compared")
+    rounds: int = Field(default=2, gt=0, description="the ways in turn; the medians are compared")
     sizes: tuple[int, ...] = Field(default=(128, 256), description="pixels; the first is the headline")
     videos: int = Field(default=12, gt=0)
     source_size: int = Field(default=256, gt=0, description="height and width of the videos, pixels")
@@ -55,11 +59,12 @@ class Case:
 
 
 def run(config: StreamBenchConfig) -> dict[str, Any]:
-    """The three ways on the same cores in one run.
+    """The three ways on the same cores in one run, and the stream of prepared clips.
 
     `clips_per_second`, `ratio_to_decoder`, `ratio_to_dataloader`: of the stream, for clips of 16 frames of
-    the first size from videos with a short group of pictures. `cases`: the same for every size and group,
-    with `decoder` and `dataloader` in clips per second, `first_batch` in seconds.
+    the first size from videos with a short group of pictures; `prepared_speedup`: clips per second of the
+    stream when its clips were decoded before, over `clips_per_second`. `cases`: the same for every size and
+    group, with `decoder`, `dataloader` and `prepared` in clips per second, `first_batch` in seconds.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that start from here
     with tempfile.TemporaryDirectory(prefix="evatok-bench-") as folder:
@@ -70,7 +75,7 @@ def run(config: StreamBenchConfig) -> dict[str, Any]:
     return {**headline, "processes": config.processes, "cases": figures}
 
 
-_HEADLINE = ("clips_per_second", "ratio_to_decoder", "ratio_to_dataloader")
+_HEADLINE = ("clips_per_second", "ratio_to_decoder", "ratio_to_dataloader", "prepared_speedup")
 
 
 def _videos(config: StreamBenchConfig, folder: Path, group: int) -> ClipIndex:
@@ -88,13 +93,14 @@ def _videos(config: StreamBenchConfig, folder: Path, group: int) -> ClipIndex:
 
 
 def _measured(config: StreamBenchConfig, case: Case) -> dict[str, Any]:
-    bare, loader, stream, first = [], [], [], []
+    bare, loader, stream, first, prepared = [], [], [], [], []
     for _ in range(config.rounds):
         bare.append(_decoder_rate(config, case))
         loader.append(_dataloader_rate(config, case))
-        rate, seconds = _stream_rate(config, case)
+        rate, seconds = _stream_rate(config, case, case.clip_format)
         stream.append(rate)
         first.append(seconds)
+        prepared.append(_prepared_rate(config, case))
     rate = statistics.median(stream)
     return {
         "clip": f"{FRAMES}x{case.size}x{case.size}",
@@ -104,6 +110,8 @@ def _measured(config: StreamBenchConfig, case: Case) -> dict[str, Any]:
         "dataloader": statistics.median(loader),
         "ratio_to_decoder": rate / statistics.median(bare),
         "ratio_to_dataloader": rate / statistics.median(loader),
+        "prepared": statistics.median(prepared),
+        "prepared_speedup": statistics.median(prepared) / rate,
         "first_batch": statistics.median(first),
     }
 
@@ -168,13 +176,24 @@ def _dataloader_rate(config: StreamBenchConfig, case: Case) -> float:
     return clips / (time.perf_counter() - started)
 
 
-def _stream_rate(config: StreamBenchConfig, case: Case) -> tuple[float, float]:
+def _prepared_rate(config: StreamBenchConfig, case: Case) -> float:
+    """As `_stream_rate`, of clips decoded before and cut from the center, as prepared clips are."""
+    location, fixed = case.index.location, case.clip_format.model_copy(update={"crop": "center"})
+    with cluster.connected(cpus=config.processes):
+        materialize(location, FRAMES, case.size, MediaLimits())
+    rate, _ = _stream_rate(config, case, fixed)
+    # The other ways decode; and a size is prepared in the place of another.
+    location.delete(PREPARED)
+    return rate
+
+
+def _stream_rate(config: StreamBenchConfig, case: Case, clip_format: ClipFormat) -> tuple[float, float]:
     """Clips per second of the stream into a worker once it flows, and seconds to its first batch."""
     with cluster.connected(cpus=config.processes):
         dataset = clip_stream(
             case.index,
             case.index.order(0),
-            case.clip_format,
+            clip_format,
             start=0,
             seed=0,
             **large_blocks(config.warm_up + config.clips, 1, config.batch),

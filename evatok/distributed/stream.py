@@ -7,6 +7,8 @@ Whoever splits the dataset must ask for `preserve_order` without locality, as `e
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +25,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from evatok.video.decode import STORAGE_PATIENCE, ClipFormat, DecodeError, StorageError, decode_clip
-from evatok.video.guard import Guard
+from evatok.video.guard import GRACE, Guard
 from evatok.video.index import PREPARED, ClipIndex
 from evatok.video.order import Order
 from evatok.video.prepared import DamagedError, PreparedClips
@@ -310,12 +312,16 @@ class ClipFetch:
     def _decoder(self) -> Iterator[Callable[..., Any]]:
         """The decoder; in a child process when an earlier attempt at this task took its process down.
 
-        Ray repeats such a task without limit. The child finds out which clip it was; only that one is lost.
+        The process dies of a codec that crashes, and of one that hangs, as its own time limit cannot
+        interrupt it. Ray repeats such a task without limit. The child finds out which clip it was; only that
+        one is lost.
         """
-        if _attempt() == 0:
-            yield self.decode
+        limit = self.index.limits.time_limit
+        attempt = _attempt()
+        if not attempt:
+            yield self.decode if attempt is None else functools.partial(_or_die, limit + GRACE, self.decode)
             return
-        with Guard(self.index.limits.time_limit) as guard:
+        with Guard(limit) as guard:
 
             def guarded(*arguments: Any, out: NDArray[np.uint8]) -> None:
                 out[:] = guard(self.decode, *arguments)
@@ -354,7 +360,18 @@ def _patiently(work: Callable[..., None], *arguments: Any) -> None:
     return work(*arguments)
 
 
-def _attempt() -> int:
-    """How often this task was started before, because its worker died."""
+def _or_die(seconds: float, work: Callable[..., object], *arguments: Any, **options: Any) -> None:
+    """Do it, and end this process, whatever it is doing, where that takes longer."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        work(*arguments, **options)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _attempt() -> int | None:
+    """How often this task was started before, because its worker died; None outside of tasks."""
     worker = ray._private.worker.global_worker
-    return int(worker.core_worker.get_current_task_attempt_number()) if worker.connected else 0
+    if worker.mode != ray.WORKER_MODE:
+        return None
+    return int(worker.core_worker.get_current_task_attempt_number())

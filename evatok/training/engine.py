@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from evatok.errors import UserError
+from evatok.training.optimizers import MuonWithAdamW, adamw, empty_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -59,7 +60,8 @@ def has_bf16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine steps. ``clip``: largest gradient norm, 0 for none; ``ema``: decay, 0 for no average."""
+    """How an engine steps. ``clip``: largest gradient norm, 0 for none; ``ema``: decay, 0 for no average;
+    ``muon``: instead of AdamW, at ZeRO stage 0 alone, where every rank has whole matrices."""
 
     zero_stage: int
     micro_batch: int
@@ -69,10 +71,11 @@ class EngineOptions:
     clip: float
     ema: float
     bf16: bool
+    muon: bool = False
 
 
 class Engine:
-    """One module with its AdamW and its moving average.
+    """One module with its optimizer and its moving average.
 
     ``forward`` is what a task calls. At stage 0 it is the bare module: DeepSpeed's forward would hang its
     backward hooks on outputs that belong to another engine's loss (a discriminator's logits).
@@ -85,14 +88,12 @@ class Engine:
         self._options, self._world = options, world
         if saved is not None:
             _load_module(module, saved)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": options.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         # The rate is set before every step; DeepSpeed gets a client optimizer so that it compiles none.
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=options.betas)
-        self._names = {p: name for name, p in module.named_parameters() if p.requires_grad}
+        kind = MuonWithAdamW if options.muon else adamw
+        optimizer = kind(trained, options.betas, options.weight_decay)
+        self._names = {p: name for name, p in trained.items()}
+        self._moments = (*MOMENTS, "momentum_buffer") if options.muon else MOMENTS
         if not options.zero_stage:
             optimizer.register_step_pre_hook(self._clip_or_drop)
         self._engine, *_ = deepspeed.initialize(
@@ -166,18 +167,18 @@ class Engine:
         """All ranks call it; rank 0 gets whole CPU tensors, the others an empty dict.
 
         Keys: ``parameter.NAME``, ``average.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, ``step.NAME``
-        (Adam's count of updates), ``buffer.NAME``, ``updates``.
+        (Adam's count of updates), ``momentum_buffer.NAME`` (Muon's), ``buffer.NAME``, ``updates``.
         """
         found: dict[str, Tensor] = {"updates": torch.tensor(self.updates)}
         for parameter, name in self._names.items():
             found[f"parameter.{name}"] = self._whole(parameter, self._local(parameter))
             if parameter in self._average:
                 found[f"average.{name}"] = self._whole(parameter, self._average[parameter])
-            for moment in MOMENTS:
+            for moment in self._moments:
                 value = self._moment(parameter, moment)
                 if value is not None:
                     found[f"{moment}.{name}"] = value
-            count = self._adam(parameter).get("step")
+            count = self._state(parameter).get("step")
             if count is not None:
                 found[f"step.{name}"] = torch.as_tensor(count, dtype=torch.float32)
         for name, buffer in self._buffers():
@@ -209,7 +210,7 @@ class Engine:
             if parameter in self._average:
                 self._average[parameter].copy_(self._part(parameter, saved[f"average.{name}"]))
         for parameter, name in self._names.items():
-            for moment in MOMENTS:
+            for moment in self._moments:
                 if f"{moment}.{name}" in saved:
                     self._set_moment(parameter, moment, saved[f"{moment}.{name}"])
 
@@ -236,7 +237,7 @@ class Engine:
         padded = nn.functional.pad(whole.flatten(), (0, size * self._world.size - whole.numel()))
         return padded[size * self._world.rank :][:size]
 
-    def _adam(self, parameter: nn.Parameter) -> dict[str, Any]:
+    def _state(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The optimizer's state that holds the parameter (at stage 1 to 3: a flat partition's)."""
         optimizer = self._engine.optimizer
         if self._options.zero_stage == 0:
@@ -248,7 +249,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
         if self._options.zero_stage == 0:
-            return self._adam(parameter).get(moment)
+            return self._state(parameter).get(moment)
         if self._options.zero_stage == 3:
             return self._whole(parameter, safe_get_local_optimizer_state(parameter, moment))
         whole: Tensor = safe_get_full_optimizer_state(parameter, moment)
@@ -258,15 +259,18 @@ class Engine:
         optimizer = self._engine.optimizer
         counts = {name: saved.get(f"step.{name}", torch.tensor(0.0)) for name in self._names.values()}
         if self._options.zero_stage == 0:
-            for parameter, name in self._names.items():
-                optimizer.state[parameter] = _empty_adam(parameter, counts[name])
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    count = counts[self._names[parameter]]
+                    optimizer.state[parameter] = empty_state(group, parameter, count)
             return
         if self._options.zero_stage == 3:
             flats = optimizer.fp32_partitioned_groups_flat
         else:
             flats = optimizer.single_partition_of_fp32_groups
         for flat in flats:
-            optimizer.optimizer.state[flat] = _empty_adam(flat, max(counts.values()))
+            group = optimizer.optimizer.param_groups[0]
+            optimizer.optimizer.state[flat] = empty_state(group, flat, max(counts.values()))
         if self._options.zero_stage < 3:
             # DeepSpeed links them after the first group's first update, too early for a second group.
             optimizer._lazy_init_hp_params_optimizer_state()
@@ -275,7 +279,7 @@ class Engine:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self._options.zero_stage == 0:
-            self._adam(parameter)[moment].copy_(whole)
+            self._state(parameter)[moment].copy_(whole)
         elif self._options.zero_stage == 3:
             # The local form: the full one cannot cut tensors that the world size does not divide.
             safe_set_local_optimizer_state(parameter, self._part(parameter, whole), moment)
@@ -294,11 +298,6 @@ def _start_deepspeed(world: World) -> Any:
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return deepspeed
-
-
-def _empty_adam(like: Tensor, count: Tensor) -> dict[str, Tensor]:
-    moments = {moment: torch.zeros_like(like, requires_grad=False) for moment in MOMENTS}
-    return {"step": count.clone(), **moments}
 
 
 def _load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:

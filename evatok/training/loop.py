@@ -49,6 +49,11 @@ class TrainConfig(Config):
     decay: float = Field(
         default=0.2, gt=0, le=1, description="share of the steps that wsd decays (EVATok Sec. H)"
     )
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: on the matrices of the model's layers, AdamW on the rest (EVATok states neither);"
+        " small models learn in about half the steps",
+    )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW (GigaTok; EVATok states none)")
     weight_decay: float = Field(
         default=1e-4, ge=0, description="on matrices only (GigaTok; EVATok states none)"
@@ -99,6 +104,12 @@ class TrainConfig(Config):
                 "micro_batch",
                 f"{self.micro_batch} does not divide a worker's share of the batch, which is {share} "
                 f"(global_batch {self.global_batch} / {workers} workers)",
+            )
+        if self.optimizer == "muon" and self.zero_stage:
+            yield (
+                "optimizer",
+                f"muon works on whole matrices, which ZeRO stage {self.zero_stage} cuts up; set zero_stage 0,"
+                " or optimizer adamw",
             )
         if self.warmup >= self.steps:
             yield "warmup", f"{self.warmup} must be less than steps, which is {self.steps}"
@@ -228,6 +239,7 @@ class _Run:
             clip=self.config.clip,
             ema=self.config.ema if main else 0.0,
             bf16=bf16,
+            muon=main and self.config.optimizer == "muon",
         )
 
     def take_step(self, source: Iterator[Batch], curves: Curves) -> None:

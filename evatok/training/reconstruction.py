@@ -124,6 +124,8 @@ class TokenizerTask(Task):
 
     def _reconstruction_terms(self, reconstruction: Tensor, clips: Tensor, step: int) -> dict[str, Tensor]:
         terms = {"l1": self.terms.l1 * (reconstruction - clips).abs().mean()}
+        if self.terms.l2:
+            terms["l2"] = self.terms.l2 * (reconstruction - clips).square().mean()
         if self._perceptual is not None:
             seen = (spaced_frames(x, self.terms.perceptual_frames, step) for x in (reconstruction, clips))
             terms["perceptual"] = self.terms.perceptual * self._perceptual(*seen)

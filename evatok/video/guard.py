@@ -21,7 +21,8 @@ from evatok.video.decode import DecodeError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_GRACE = 5.0  # seconds on top of a call's own time limit before the child is ended
+GRACE = 5.0
+"""Seconds on top of a call's own time limit before the process that hangs in it is ended."""
 
 
 class Guard:
@@ -40,7 +41,7 @@ class Guard:
         Raises DecodeError `crash` when the child dies of the call and `timeout` when it does not come back.
         """
         pipe = self._asked((function, args, kwargs))
-        if not pipe.poll(self._time_limit + _GRACE):
+        if not pipe.poll(self._time_limit + GRACE):
             self.close()
             raise DecodeError("timeout", f"{args[0]}: no answer within {self._time_limit:g} s")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from evatok.artifacts import Location
 from evatok.distributed.stream import Dealing
-from evatok.video.decode import ClipFormat, StorageError, decode_clip, probe
+from evatok.video.decode import ClipFormat, MediaLimits, StorageError, decode_clip, probe
 from evatok.video.index import PREPARED, REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.order import ClipOrder
 from evatok.video.prepared import PreparedClips, file_name
@@ -149,15 +150,19 @@ def test_the_clips_of_one_long_bad_video_are_replaced_by_those_of_others(index, 
     assert fetched["replaced"].all()
 
 
-def test_a_clip_that_kills_its_decoder_is_found_out_named_and_left_alone(ray_cluster, index, tmp_path):
+@pytest.mark.parametrize("code", ["crash", "timeout"])
+def test_a_clip_that_kills_or_hangs_its_decoder_is_found_out_named_and_left_alone(
+    ray_cluster, index, tmp_path, code
+):
     from evatok.distributed.stream import ClipFetch, ordered_stream
 
     location = Location.parse(tmp_path)
     rows = index.take(np.arange(len(index))).drop_columns("row")
-    write_index(location, rows, REJECTED_SCHEMA.empty_table())
+    write_index(location, rows, REJECTED_SCHEMA.empty_table(), limits=MediaLimits(time_limit=4))
     mined = ClipIndex.open(location)
     deadly = mined.take(np.asarray([11])).to_pylist()[0]
-    fetch = ClipFetch(mined, FORMAT, seed=0, decode=_Deadly(deadly["uri"], deadly["start"], str(tmp_path)))
+    decode = _Deadly(deadly["uri"], deadly["start"], str(tmp_path), hangs=code == "timeout")
+    fetch = ClipFetch(mined, FORMAT, seed=0, decode=decode)
     dataset = ordered_stream(mined.order(0), fetch, start=0, count=48, rows_per_block=4, num_cpus=0.5)
     seen = [
         (int(position), int(row), bool(replaced))
@@ -168,21 +173,23 @@ def test_a_clip_that_kills_its_decoder_is_found_out_named_and_left_alone(ray_clu
     assert seen == [(k, 12, True) if row == 11 else (k, row, False) for k, row in enumerate(order)]
     assert mined.known_bad() == {11}
     note = location.read_json("bad/11.json")
-    assert (note["clip_id"], note["code"]) == (deadly["clip_id"], "crash")
+    assert (note["clip_id"], note["code"]) == (deadly["clip_id"], code)
     # One process of a task and one child that found the clip out; at most as many again where two tasks of
     # neighbouring epochs met the clip before it was known.
     assert 2 <= len(list(tmp_path.glob("death-*"))) <= 4
 
 
 class _Deadly:
-    """Decodes, but dies of one clip as a broken codec would."""
+    """Decodes, but dies of one clip, or never returns from it, as a broken codec would."""
 
-    def __init__(self, uri: str, start: float, diary: str) -> None:
-        self.clip, self.diary = (uri, start), diary
+    def __init__(self, uri: str, start: float, diary: str, hangs: bool) -> None:
+        self.clip, self.diary, self.hangs = (uri, start), diary, hangs
 
     def __call__(self, uri, start, *rest, **options):
         if (uri, start) == self.clip:
             open(f"{self.diary}/death-{os.getpid()}", "w").close()
+            if self.hangs:
+                ctypes.PyDLL(None).sleep(3600)  # holds the interpreter's lock, as some bindings do
             os.kill(os.getpid(), signal.SIGSEGV)
         return decode_clip(uri, start, *rest, **options)
 

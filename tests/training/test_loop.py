@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -35,11 +36,12 @@ def test_a_task_is_overfitted(tmp_path: Path) -> None:
     assert rows.losses[-1] < 0.01 * rows.losses[0]
 
 
-def test_a_resumed_run_has_the_same_losses_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_has_the_same_losses_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
     task = ToyTask(dropout=0.3, adversarial=True)
-    whole, ended = toy_run(tmp_path, task)
+    whole, ended = toy_run(tmp_path, task, optimizer=optimizer)
     shutil.rmtree(tmp_path / "step-000000012")
-    resumed, ended_again = toy_run(tmp_path, task)
+    resumed, ended_again = toy_run(tmp_path, task, optimizer=optimizer)
     assert resumed.losses == whole.losses[6:]
     assert [row.get("margin") for row in resumed] == [row.get("margin") for row in whole[6:]]
     assert all(torch.equal(ended.weights[name], ended_again.weights[name]) for name in ended.weights)
@@ -75,9 +77,9 @@ def test_the_exported_weights_are_the_moving_average(tmp_path: Path) -> None:
     last = FolderCheckpoints(Location.parse(tmp_path / "averaged")).latest()
     assert last is not None
     engine = last.engines["model"]
-    assert torch.equal(engine["parameter.0.weight"], raw.weights["0.weight"])
-    assert torch.equal(engine["average.0.weight"], averaged.weights["0.weight"])
-    assert not torch.equal(raw.weights["0.weight"], averaged.weights["0.weight"])
+    assert torch.equal(engine["parameter.layers.0.weight"], raw.weights["layers.0.weight"])
+    assert torch.equal(engine["average.layers.0.weight"], averaged.weights["layers.0.weight"])
+    assert not torch.equal(raw.weights["layers.0.weight"], averaged.weights["layers.0.weight"])
 
 
 def test_evaluation_leaves_no_trace_in_training(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
         def losses(self, modules, batch, step):
             yield from super().losses(modules, batch, step)
             if step == 1:
-                modules["model"][0].bias.data[0] = torch.inf
+                modules["model"].layers[0].bias.data[0] = torch.inf
 
     with pytest.raises(UserError, match="training diverged: the weights are not finite after step 2"):
         toy_run(tmp_path, Breaking(), checkpoint_every=1)
@@ -205,11 +207,12 @@ def test_a_stream_out_of_order_is_refused(tmp_path: Path) -> None:
             "train.micro_batch: 3 does not divide a worker's share of the batch, which is 4",
         ),
         ({"warmup": 12}, 2, "train.warmup: 12 must be less than steps, which is 12"),
+        ({"optimizer": "muon", "zero_stage": 2}, 1, "train.optimizer: muon .* ZeRO stage 2 cuts up"),
         ({"final_lr": 0.5}, 2, "train.final_lr: 0.5 must not exceed lr, which is 0.01"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_before_anything_starts(
-    changes: dict[str, float], workers: int, message: str
+    changes: dict[str, Any], workers: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         toy_config(**changes).check(workers)

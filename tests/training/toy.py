@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,8 @@ class ToyTask(Task):
         if self.broken and dist.get_rank() == dist.get_world_size() - 1:
             raise UserError(self.broken)
         body = [nn.Linear(5, 13), nn.Tanh(), nn.Dropout(self.dropout), nn.BatchNorm1d(13, momentum=0.0)]
-        modules: dict[str, nn.Module] = {
-            "model": nn.Sequential(*body[: 3 if self.dropout else 2], nn.Linear(13, 3))
-        }
+        layers = nn.Sequential(*body[: 3 if self.dropout else 2], nn.Linear(13, 3))
+        modules: dict[str, nn.Module] = {"model": nn.Sequential(OrderedDict(layers=layers))}
         if self.adversarial:
             modules["discriminator"] = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 1))
         return modules

@@ -52,7 +52,7 @@ def _die_of(name: str) -> None:
 
 
 def test_a_call_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr("evatok.video.guard._GRACE", 0.0)
+    monkeypatch.setattr("evatok.video.guard.GRACE", 0.0)
     with Guard(time_limit=20) as guard:
         guard(os.path.basename, "/a/b")  # the start of the child takes its time
         guard._time_limit = 0.3
