@@ -1,7 +1,10 @@
 """The assignment space: every way to give each temporal block one of the token choices."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,6 +14,16 @@ from torch import Tensor
 from evatok.errors import UserError
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Blocked(Protocol):
+    """A tokenizer, a router, or the config of one."""
+
+    @property
+    def choices(self) -> tuple[int, ...]: ...
+
+    @property
+    def blocks(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,11 @@ class AssignmentSpace:
             )
         if self.blocks < 1:
             raise UserError(f"{self.blocks} temporal blocks are not allowed: a clip has at least one")
+
+    @classmethod
+    def of(cls, model: Blocked) -> AssignmentSpace:
+        """Of the choices and blocks of a model."""
+        return cls(model.choices, model.blocks)
 
     @property
     def size(self) -> int:

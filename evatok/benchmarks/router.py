@@ -116,7 +116,7 @@ class _Comparison:
             )
         self.statistics = load_statistics(run / "curate", settings.metric)
         self.proxy = VideoTokenizer.from_artifact(run / "proxy").config
-        self.space = AssignmentSpace(self.proxy.choices, self.proxy.blocks)
+        self.space = AssignmentSpace.of(self.proxy)
         self.shape = RouterConfig(
             frames=self.proxy.frames,
             size=self.proxy.size,

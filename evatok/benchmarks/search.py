@@ -101,7 +101,7 @@ def _compare(
     settings: Settings, tokenizer: VideoTokenizer, training: Tensor, held_out: Tensor
 ) -> dict[str, Any]:
     clips = held_out[: settings.clips]
-    space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
+    space = AssignmentSpace.of(tokenizer)
     metrics: list[QualityMetric] = [load_quality(settings.metric).to(settings.device)]
     weights, memory = RewardWeights(settings.w_q), settings.memory
     losses = []
@@ -173,7 +173,7 @@ def _subtree(settings: Settings, config: TokenizerConfig) -> dict[str, dict[str,
     Another clip's subtree calibrates the bound, and both give the reward its statistics.
     """
     tokenizer = _placed(VideoTokenizer(config), settings)
-    space, prefix = AssignmentSpace(config.choices, config.blocks), settings.large_prefix
+    space, prefix = AssignmentSpace.of(config), settings.large_prefix
     shape = (2, 3, config.frames, config.size, config.size)
     clip, other = torch.randint(256, shape, dtype=torch.uint8).to(settings.device).split(1)
     metrics: list[QualityMetric] = [load_quality(settings.metric).to(settings.device)]
@@ -295,7 +295,7 @@ def spread(index: ClipIndex, split: str, count: int) -> list[dict[str, Any]]:
 
 def _train(proxy: VideoTokenizer, clips: Tensor, steps: int) -> None:
     """Enough for assignments to differ as they do with a proxy; no more is needed here."""
-    space = AssignmentSpace(proxy.choices, proxy.blocks)
+    space = AssignmentSpace.of(proxy)
     optimizer = torch.optim.AdamW(proxy.parameters(), lr=1e-3)
     proxy.train()
     for step in range(steps):

@@ -113,7 +113,7 @@ def _overhead(settings: Settings, folder: Path) -> dict[str, Any]:
     from evatok.distributed.stream import clip_stream, ordered_stream
     from evatok.distributed.train import fit
 
-    space = AssignmentSpace(settings.loop.choices, settings.loop.blocks)
+    space = AssignmentSpace.of(settings.loop)
     parts = (settings.loop, TERMS, RandomAssignments(space, 0))
     config = TrainConfig(
         steps=settings.loop_steps,
@@ -214,7 +214,7 @@ def _shares(location: Location) -> dict[str, float]:
 
 def _adaptive(settings: Settings, world: World) -> dict[str, Any]:
     config, clips = settings.adaptive, settings.adaptive_clips
-    space = AssignmentSpace(config.choices, config.blocks)
+    space = AssignmentSpace.of(config)
     middle = config.choices[len(config.choices) // 2 + 1]
     uniform = torch.full((clips, config.blocks), middle)
     whole = config.blocks * middle

@@ -100,7 +100,7 @@ class Codec:
         manifests = {name: self._artifact(name) for name in ("proxy", "curate", "router")}
         inputs = {name: artifact for name, artifact in manifests.items() if artifact is not None}
         curate: Any = getattr(self.experiment, "curate")  # noqa: B009
-        space = AssignmentSpace(self.tokenizer.choices, self.tokenizer.blocks)
+        space = AssignmentSpace.of(self.tokenizer)
         sources = policy_sources(inputs, curate, space, [policy]).to(self.device)
         seen = []
         for start, clips in video.batches():

@@ -118,7 +118,7 @@ class Scorer:
 
     @property
     def space(self) -> AssignmentSpace:
-        return AssignmentSpace(self.proxy.choices, self.proxy.blocks)
+        return AssignmentSpace.of(self.proxy)
 
     @property
     def form(self) -> ClipFormat:
@@ -352,7 +352,7 @@ def _check(config: CurateConfig, experiment: Any) -> Iterator[tuple[str, str]]:
             "is false, but curate scores assignments block by block, which needs a block-causal proxy: set it"
             " to true (the final tokenizer's, tokenizer.model.causal, may be false)",
         )
-    size = AssignmentSpace(model.choices, model.blocks).size
+    size = AssignmentSpace.of(model).size
     if size > MOST_ASSIGNMENTS:
         yield (
             "proxy.model",

@@ -176,7 +176,7 @@ def assemble(context: StageContext) -> tuple[Judge, RewardRows]:
             f" {len(known)}: give more videos of the split test, or leave frechet out"
         )
     tokenizer = VideoTokenizer.from_artifact(context.inputs["tokenizer"].location)
-    space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
+    space = AssignmentSpace.of(tokenizer)
     sources = policy_sources(context.inputs, context.experiment.curate, space)
     judge = Judge(
         clips=ClipReader(ClipIndex.open(context.inputs["index"].location)),
@@ -373,7 +373,7 @@ def _inputs(config: EvaluateConfig) -> tuple[str, ...]:
 
 def _check(config: EvaluateConfig, experiment: Any) -> Iterator[tuple[str, str]]:
     model = experiment.tokenizer.model
-    space = AssignmentSpace(model.choices, model.blocks)
+    space = AssignmentSpace.of(model)
     for place, policy in enumerate(config.policies):
         for problem in policy.problems(space):
             yield f"evaluate.policies.{place}", f"{policy.kind}: {problem}"

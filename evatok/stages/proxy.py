@@ -23,7 +23,7 @@ from evatok.training.reconstruction import RandomAssignments
 def run(context: StageContext) -> dict[str, Any]:
     """Train under assignments drawn uniformly for every clip; returns the last metrics."""
     config: TokenizerTraining = context.config
-    space = AssignmentSpace(config.model.choices, config.model.blocks)
+    space = AssignmentSpace.of(config.model)
     return train_tokenizer(context, config, RandomAssignments(space, context.seed))
 
 

@@ -55,14 +55,14 @@ class PolicyAssignments:
 def run(context: StageContext) -> dict[str, Any]:
     """Train under the policy's assignments; returns the last metrics."""
     config: TokenizerStageConfig = context.config
-    space = AssignmentSpace(config.model.choices, config.model.blocks)
+    space = AssignmentSpace.of(config.model)
     sources = policy_sources(context.inputs, context.experiment.curate, space, [config.policy])
     return train_tokenizer(context, config, PolicyAssignments(config.policy, sources))
 
 
 def _check(config: TokenizerStageConfig, experiment: Any) -> Iterator[tuple[str, str]]:
     yield from tokenizer_problems("tokenizer", config, experiment)
-    space = AssignmentSpace(config.model.choices, config.model.blocks)
+    space = AssignmentSpace.of(config.model)
     yield from policy_problems("tokenizer.policy", config.policy, space)
     if experiment.proxy is None:
         return

@@ -222,7 +222,7 @@ def assemble(context: StageContext) -> Encoder:
     config: TokensConfig = context.config
     index = open_clips(context)
     tokenizer = VideoTokenizer.from_artifact(context.inputs["tokenizer"].location)
-    space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
+    space = AssignmentSpace.of(tokenizer)
     return Encoder(
         clips=ClipReader(index),
         tokenizer=tokenizer,
@@ -271,7 +271,7 @@ def _check(config: TokensConfig, experiment: Any) -> Iterator[tuple[str, str]]:
             "tokenizer.model.quantizer.kind",
             "residual_vq gives several codes per token, and a generator models one: take vq, fsq or lfq",
         )
-    space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
+    space = AssignmentSpace.of(tokenizer)
     yield from policy_problems("tokens.policy", config.policy, space)
     parts = list(getattr(experiment.index.source, "parts", ()))
     if config.part is not None and config.part not in parts:

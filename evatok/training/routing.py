@@ -49,7 +49,7 @@ class RouterTask(Task):
         found = RewardTable.open(self.table).load([self.metric])
         self._rows, order = found.row.sort()
         self._quality = found.quality[self.metric][order]
-        self._totals = AssignmentSpace(self.router.choices, self.router.blocks).totals()
+        self._totals = AssignmentSpace.of(self.router).totals()
         self._fixed = self._mean_reward(found, self.weights).argmax()
         router = Router(self.router)
         if isinstance(router.head, PricedHead):

@@ -55,10 +55,12 @@ def write_videos(
     blocks: int = 16,
     size: int = 96,
     group: int = 16,
+    texture: bool = True,
 ) -> list[SyntheticVideo]:
     """Write `count` mp4 files of `blocks` temporal blocks, size x size pixels, and the truth about them.
 
-    The same arguments give the same pictures. `group`: frames per keyframe. The file `truth.json` comes last:
+    The same arguments give the same pictures. `group`: frames per keyframe. `texture`: of the surfaces, in
+    some of the scenes. The file `truth.json` comes last:
     it marks the folder as complete.
     """
     folder = Path(folder)
@@ -69,7 +71,8 @@ def write_videos(
         kind = KINDS[number % len(KINDS)]
         paces = draw.choice(_PACES, size=blocks, p=draw.choice(_TEMPERS))
         name = f"{kind}_{number:05d}.mp4"
-        write_mp4(folder / name, render(kind, paces, size, draw), FPS, group=group, preset="veryfast")
+        frames = render(kind, paces, size, draw, texture=texture)
+        write_mp4(folder / name, frames, FPS, group=group, preset="veryfast")
         videos.append(SyntheticVideo(name, kind, tuple(MOTION[pace] for pace in paces)))
     truth = [asdict(video) for video in videos]
     (folder / TRUTH).write_text(json.dumps(truth, indent=1))
@@ -84,14 +87,16 @@ def read_truth(folder: Location) -> list[SyntheticVideo]:
     ]
 
 
-def render(kind: str, paces: NDArray[np.str_], size: int, draw: np.random.Generator) -> NDArray[np.uint8]:
+def render(
+    kind: str, paces: NDArray[np.str_], size: int, draw: np.random.Generator, *, texture: bool = True
+) -> NDArray[np.uint8]:
     """The frames of a video of this kind: uint8 [blocks * BLOCK, size, size, 3]."""
     frames = np.empty((len(paces) * BLOCK, size, size, 3), np.uint8)
-    scene = _Scene(kind, size, draw)
+    scene = _Scene(kind, size, draw, texture)
     moment = 0.0
     for block, pace in enumerate(paces):
         if pace == "cut":
-            scene = _Scene(kind, size, draw)
+            scene = _Scene(kind, size, draw, texture)
         for k in range(block * BLOCK, (block + 1) * BLOCK):
             picture = scene.at(moment)
             if pace == "grain":
@@ -104,7 +109,7 @@ def render(kind: str, paces: NDArray[np.str_], size: int, draw: np.random.Genera
 class _Scene:
     """A backdrop with texture, and things on it that move with the clock of the scene."""
 
-    def __init__(self, kind: str, size: int, draw: np.random.Generator) -> None:
+    def __init__(self, kind: str, size: int, draw: np.random.Generator, texture: bool) -> None:
         self.kind = kind
         axis = np.linspace(-1, 1, size, dtype=np.float32)
         self.y, self.x = np.meshgrid(axis, axis, indexing="ij")
@@ -113,7 +118,7 @@ class _Scene:
         detail = draw.choice([0.0, 0.04, 0.12], p=[0.4, 0.35, 0.25])
         self.waves = draw.normal(0, 1, (5, 2)).astype(np.float32) * draw.uniform(3, 14)
         self.phases = draw.uniform(0, 2 * np.pi, 5).astype(np.float32)
-        self.detail = np.float32(detail)
+        self.detail = np.float32(detail if texture else 0)
         self.things = int(draw.integers(1, 4))
         self.places = draw.uniform(-0.6, 0.6, (24, 2)).astype(np.float32)
         self.ways = draw.normal(0, 1, (24, 2)).astype(np.float32)

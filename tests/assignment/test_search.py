@@ -18,7 +18,7 @@ Table = Callable[..., tuple[VideoTokenizer, Tensor]]
 
 
 def space_of(tokenizer: VideoTokenizer) -> AssignmentSpace:
-    return AssignmentSpace(tokenizer.choices, tokenizer.blocks)
+    return AssignmentSpace.of(tokenizer)
 
 
 def four_metrics() -> list[QualityMetric]:

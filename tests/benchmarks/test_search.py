@@ -12,7 +12,7 @@ from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, write_index
 
 def test_the_operations_of_a_path_are_those_of_its_assignment() -> None:
     config = TokenizerConfig()
-    space = AssignmentSpace(config.choices, config.blocks)
+    space = AssignmentSpace.of(config)
     prepare, nodes = node_operations(config, space)
     for index in (0, 77, 624):
         path = sum(float(depth[index // 5 ** (3 - t)]) for t, depth in enumerate(nodes))
@@ -22,7 +22,7 @@ def test_the_operations_of_a_path_are_those_of_its_assignment() -> None:
 
 def test_the_paper_size_tree_costs_a_third_of_brute_force() -> None:
     config = TokenizerConfig()
-    space = AssignmentSpace(config.choices, config.blocks)
+    space = AssignmentSpace.of(config)
     prepare, nodes = node_operations(config, space)
     ratio = assignment_operations(config, space.all().tolist()) / (
         prepare + sum(float(d.sum()) for d in nodes)

@@ -15,10 +15,13 @@ from evatok.models.sampling import Requests, SamplingConfig, sample
 from evatok.models.tokenizer import TokenizerConfig, VideoTokenizer
 from evatok.models.tokens import Tokens
 from evatok.training.generation import GenerationTask
+from evatok.training.optimizers import MuonWithAdamW, adamw
 from evatok.training.schedules import learning_rate
 from evatok.video.synthetic import KINDS, render
 
-SIZE, CLIPS, HELD_OUT = 32, 2000, 300
+SIZE, CLIPS, HELD_OUT = 16, 4000, 300
+BLUR = [(t, n, n) for n in (2, 4) for t in (1, 2, 4)]  # frames, rows and columns that are averaged
+CHANCE = 1 / len(KINDS)
 
 
 def synthetic(count, seed):
@@ -26,24 +29,26 @@ def synthetic(count, seed):
     for number in range(count):
         draw = np.random.default_rng((seed, number))
         paces = draw.choice(["still", "fast"], size=4, p=[0.3, 0.7])
-        clips[number] = render(KINDS[number % len(KINDS)], paces, SIZE, draw).transpose(3, 0, 1, 2)
+        frames = render(KINDS[number % len(KINDS)], paces, 4 * SIZE, draw, texture=False)
+        clips[number] = frames.reshape(16, SIZE, 4, SIZE, 4, 3).mean((2, 4)).transpose(3, 0, 1, 2)
     return torch.from_numpy(clips), torch.arange(count) % len(KINDS)
 
 
-def optimise(parameters, steps, peak, loss_of_step):
-    optimizer = torch.optim.AdamW(list(parameters), lr=peak, betas=(0.9, 0.95), weight_decay=1e-4)
+def optimise(name, module, kind, steps, peak, shape, loss_of_step):
+    optimizer = kind(dict(module.named_parameters()), (0.9, 0.95), 1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
-                step, steps=steps, peak=peak, final=0, warmup=30, shape="wsd", decay=0.2
+                step, steps=steps, peak=peak, final=0, warmup=30, shape=shape, decay=0.2
             )
         loss = loss_of_step(step)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
-            print(step, f"{loss.item():.4f}", flush=True)
+            print(name, step, f"{loss.item():.4f}", flush=True)
+    return module.eval()
 
 
 def batch_rows(step, size):
@@ -51,47 +56,56 @@ def batch_rows(step, size):
 
 
 def train_classifier(clips, labels):
-    channels = (3, 16, 32, 64)
+    """On real clips, most of them blurred and noisy: it must know a class by more than its sharp edges."""
     layers = []
-    for before, after in itertools.pairwise(channels):
-        layers += [nn.Conv3d(before, after, 3, 2, 1), nn.BatchNorm3d(after), nn.ReLU()]
-    network = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(64, len(KINDS)))
+    strides = [(2, 1, 1), (2, 2, 2), (1, 2, 2)]
+    for (before, after), stride in zip(itertools.pairwise((3, 48, 96, 128)), strides, strict=True):
+        layers += [nn.Conv3d(before, after, 3, stride, 1), nn.BatchNorm3d(after), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(128, len(KINDS)))
 
     def loss(step):
+        draw = np.random.default_rng((8, step))
         rows = batch_rows(step, 32)
-        return functional.cross_entropy(network(clips[rows].float() / 255), labels[rows])
+        parts = list(torch.split(clips[rows].float() / 255, [12, 10, 10]))
+        for place in (1, 2):
+            means = functional.avg_pool3d(parts[place], BLUR[draw.integers(len(BLUR))])
+            mode = str(draw.choice(["nearest", "trilinear"]))
+            parts[place] = functional.interpolate(means, size=clips.shape[2:], mode=mode)
+        seen = torch.cat(parts)
+        seen = seen + 0.03 * draw.random() * torch.randn_like(seen)
+        return functional.cross_entropy(network(seen), labels[rows])
 
-    optimise(network.parameters(), 300, 3e-3, loss)
-    return network.eval()
+    return optimise("classifier", network, adamw, 1500, 3e-3, "cosine", loss)
 
 
 def train_tokenizer(clips):
     tokenizer = VideoTokenizer(
         TokenizerConfig(
             size=SIZE,
+            patch=(4, 4, 4),
             choices=(4, 8, 16, 32),
             encoder={"width": 96, "layers": 2, "heads": 4},
             decoder={"width": 96, "layers": 3, "heads": 4},
-            latent=32,
-            quantizer={"kind": "fsq", "levels": (8, 5, 5, 5)},
+            latent=64,
+            quantizer={"kind": "fsq", "levels": (8, 8, 8, 8)},
+            decoder_queries="cover",
             align_layer=1,
         )
     )
-    space = AssignmentSpace(tokenizer.choices, tokenizer.blocks)
+    space = AssignmentSpace.of(tokenizer)
 
     def loss(step):
         rows = batch_rows(step, 16)
         assignment = space.sample(16 * step + torch.arange(16), 0)
         output = tokenizer(clips[rows], assignment)
-        return functional.l1_loss(output.reconstruction, clips[rows] / 255) + sum(output.losses.values())
+        return 10 * functional.mse_loss(output.reconstruction, clips[rows] / 255)
 
-    optimise(tokenizer.parameters(), 800, 2e-3, loss)
-    return tokenizer.eval(), space
+    return optimise("tokenizer", tokenizer, MuonWithAdamW, 1200, 1.5e-3, "cosine", loss), space
 
 
 @torch.no_grad()
 def encode(tokenizer, space, clips):
-    assign = DifferencePolicy(rate=0.3).bind(Sources(space))
+    assign = DifferencePolicy(rate=0.6).bind(Sources(space))
     return Tokens.cat([tokenizer.encode(part, assign(part)) for part in clips.split(100)])
 
 
@@ -121,17 +135,11 @@ def train_generator(tokenizer, tokens, labels):
         [(_, value, _)] = task.losses({"model": model}, batch, step)
         return value
 
-    optimise(model.parameters(), 800, 2e-3, loss)
-    return model
+    return optimise("generator", model, MuonWithAdamW, 1200, 1.5e-3, "wsd", loss)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="trained for two minutes the tokenizer loses the class: of encoded clips 0.16 are recognised",
-)
 def test_generated_classes_are_recognised_and_guidance_raises_the_share():
     torch.manual_seed(0)
     clips, labels = synthetic(CLIPS, seed=0)
@@ -151,6 +159,7 @@ def test_generated_classes_are_recognised_and_guidance_raises_the_share():
         )
         shares[guidance] = share(tokenizer.decode(tokens))
         print(f"guidance {guidance}: {float(tokens.lengths.sum(1).float().mean()):.1f} tokens", flush=True)
-    print(f"recognised, chance {1 / len(KINDS):.3f}: {shares}", flush=True)
-    assert shares[3.0] >= 3 / len(KINDS)
+    print(f"recognised, chance {CHANCE:.3f}: {shares}", flush=True)
+    assert shares["real"] > 0.9
+    assert shares[3.0] >= 3 * CHANCE
     assert shares[3.0] > shares[1.0]

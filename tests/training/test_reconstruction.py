@@ -198,7 +198,7 @@ def test_a_step_of_the_papers_recipe_at_the_papers_size(tmp_path: Path, kind: st
     adversary = {"kind": kind} | ({"source": str(tmp_path / "videomae")} if kind == "videomae" else {})
     terms = {"adversary": adversary, "teacher": {"source": str(tmp_path / "vjepa2")}}
     paper = TokenizerConfig()
-    space = AssignmentSpace(paper.choices, paper.blocks)
+    space = AssignmentSpace.of(paper)
     built = TokenizerTask(paper, LossConfig(perceptual_kind="dssim", **terms), RandomAssignments(space, 1))
     clips = torch.randint(0, 256, (1, 3, 16, 128, 128), dtype=torch.uint8)
     check_gradients(built, {"clip": clips, "position": torch.arange(1)}, step=0)

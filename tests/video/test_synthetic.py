@@ -6,7 +6,7 @@ import numpy as np
 
 from evatok.artifacts import Location
 from evatok.video.decode import ClipFormat, decode_clip, probe
-from evatok.video.synthetic import KINDS, read_truth, write_videos
+from evatok.video.synthetic import KINDS, read_truth, render, write_videos
 
 
 def test_the_truth_about_motion_holds_in_the_files(tmp_path):
@@ -38,3 +38,14 @@ def test_labels_and_truth_are_read_back(tmp_path):
     assert read_truth(Location.parse(tmp_path)) == written
     assert [video.label for video in written] == [*KINDS, KINDS[0]]
     assert len(probe(str(tmp_path / written[0].name)).times) == 12
+
+
+def test_without_texture_the_same_scenes_have_smooth_surfaces():
+    def roughness(seed: int, texture: bool) -> float:
+        draw = np.random.default_rng(seed)
+        frames = render("drift", np.array(["slow"] * 2), 32, draw, texture=texture)
+        return float(np.median(np.abs(np.diff(frames.astype(float), axis=2))))
+
+    pairs = [(roughness(seed, True), roughness(seed, False)) for seed in range(12)]
+    assert {plain for _, plain in pairs} == {0.0}
+    assert sum(textured > 1 for textured, _ in pairs) >= 4
