@@ -180,6 +180,23 @@ def test_the_whole_recipe_trains_and_resumes_bit_for_bit(
     )
 
 
+@pytest.mark.parametrize("term", ["l1", "l2", "vq", "alignment"])
+def test_a_term_alone_lowers_what_it_measures(encoders: dict[str, str], tmp_path: Path, term: str) -> None:
+    weights = {name: float(name == term) for name in ("l1", "l2", "perceptual", "alignment")}
+    built = task(**weights, teacher={"source": encoders["vjepa2"], "size": 16})
+    quantizer = {"kind": "fsq", "levels": (8, 8, 8)}
+    if term == "vq":
+        quantizer = {"kind": "vq", "size": 64, "entropy": 0.0, "revive_after": 0}
+    built = replace(built, tokenizer=TokenizerConfig(**SMALL, quantizer=quantizer))
+    rows, _ = run(tmp_path, built, steps=40, checkpoint_every=40, lr=3e-3)
+    values = [row[term] for row in rows if row["split"] == "train"]
+    before, after = sum(values[:5]) / 5, sum(values[-5:]) / 5
+    if term == "alignment":  # minus a cosine
+        assert after < min(before - 0.2, -0.9)
+    else:
+        assert after < 0.7 * before
+
+
 @pytest.mark.parametrize("kind", ["transformer", "videomae"])
 def test_every_trained_parameter_gets_a_gradient_and_no_frozen_one_does(
     encoders: dict[str, str], kind: str
