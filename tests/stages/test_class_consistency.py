@@ -19,7 +19,7 @@ from evatok.training.optimizers import MuonWithAdamW, adamw
 from evatok.training.schedules import learning_rate
 from evatok.video.synthetic import KINDS, render
 
-SIZE, CLIPS, HELD_OUT = 16, 4000, 300
+SIZE, CLIPS, HELD_OUT = 16, 12000, 300
 BLUR = [(t, n, n) for n in (2, 4) for t in (1, 2, 4)]  # frames, rows and columns that are averaged
 CHANCE = 1 / len(KINDS)
 
@@ -29,8 +29,8 @@ def synthetic(count, seed):
     for number in range(count):
         draw = np.random.default_rng((seed, number))
         paces = draw.choice(["still", "fast"], size=4, p=[0.3, 0.7])
-        frames = render(KINDS[number % len(KINDS)], paces, 4 * SIZE, draw, texture=False)
-        clips[number] = frames.reshape(16, SIZE, 4, SIZE, 4, 3).mean((2, 4)).transpose(3, 0, 1, 2)
+        frames = render(KINDS[number % len(KINDS)], paces, 2 * SIZE, draw, texture=False)
+        clips[number] = frames.reshape(16, SIZE, 2, SIZE, 2, 3).mean((2, 4)).transpose(3, 0, 1, 2)
     return torch.from_numpy(clips), torch.arange(count) % len(KINDS)
 
 
@@ -87,7 +87,7 @@ def train_tokenizer(clips):
             encoder={"width": 96, "layers": 2, "heads": 4},
             decoder={"width": 96, "layers": 3, "heads": 4},
             latent=64,
-            quantizer={"kind": "fsq", "levels": (8, 8, 8, 8)},
+            quantizer={"kind": "fsq", "levels": (6, 6, 6, 6)},
             decoder_queries="cover",
             align_layer=1,
         )
