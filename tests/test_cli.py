@@ -133,6 +133,21 @@ def test_mistake_of_the_user_is_one_message_and_exit_code_2(toy, capsys, words, 
     assert captured.out == ""
 
 
+def test_a_benchmark_says_how_far_it_is(monkeypatch, capsys):
+    from evatok.benchmarks import sample
+
+    def run(settings: sample.Settings) -> dict[str, float]:
+        sample.log.info("%d batch sizes to go", len(settings.batches))
+        return {"ratio": 2.0}
+
+    monkeypatch.setattr(sample, "run", run)
+    for _ in range(2):
+        assert main(["bench", "sample", "--json", "--set", "batches=[1]"]) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out) == {"ratio": 2.0}
+        assert captured.err.count("1 batch sizes to go") == 1
+
+
 def test_fault_leaves_its_traceback_in_the_run(toy, toy_chain, capsys):
     toy_chain.broken["router"] = ZeroDivisionError("boom")
     assert main(["run", toy]) == 1

@@ -6,6 +6,7 @@ The work is the curate stage's own task (decode, search, publish) at quickstart 
 from __future__ import annotations
 
 import heapq
+import logging
 import multiprocessing
 import os
 import statistics
@@ -61,6 +62,9 @@ class SimulationConfig(Config):
     seed: int = 0
 
 
+log = logging.getLogger(__name__)
+
+
 class FanoutBenchConfig(Config):
     workers: tuple[int, ...] = Field(default=(1, 2), min_length=1, description="numbers of worker processes")
     clips_per_task: int = Field(default=8, gt=0)
@@ -88,6 +92,7 @@ def run(config: FanoutBenchConfig) -> dict[str, Any]:
             shards = _shards(config, workers)
             plain, with_ray = [], []
             for turn in range(config.rounds):
+                log.info("%d processes, round %d", workers, turn + 1)
                 target = place / f"{workers}-{turn}"
                 plain.append(_plain(Job(score, scorer, target / "plain", "k"), shards, workers))
                 cpus = found.cpus / workers

@@ -3,6 +3,7 @@ held-out clips."""
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from evatok.training.loop import TrainConfig, train
 from evatok.training.routing import RouterTask
 from evatok.training.tasks import Batch
 from evatok.video.index import ClipIndex
+
+log = logging.getLogger(__name__)
 
 
 class Settings(Config):
@@ -168,6 +171,7 @@ class _Comparison:
                 seed=seed,
             )
             steps = settings.conditioned_steps if w_q is None else settings.steps
+            log.info("%s router number %d, %d steps", kind, len(self.routers) + 1, steps)
             config = TrainConfig(
                 steps=steps,
                 global_batch=settings.batch,

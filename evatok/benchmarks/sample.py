@@ -5,6 +5,7 @@ Ratios of one process on one machine, random weights: the speed does not depend 
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -32,6 +33,9 @@ ADAPTIVE = (
     (512, 128, 64, 32),
     (256, 128, 64, 64),
 )
+
+
+log = logging.getLogger(__name__)
 
 
 class Settings(Config):
@@ -68,6 +72,7 @@ def run(settings: Settings) -> dict[str, Any]:
     }
     for batch in settings.batches:
         clips = batch * settings.waves
+        log.info("%d clips, %d at once", clips, batch)
         for name, assignments in (("uniform", UNIFORM), ("adaptive", ADAPTIVE)):
             seconds = _seconds(generator, assignments, clips, batch, settings)
             tokens = int(_assignment(assignments, clips).sum())

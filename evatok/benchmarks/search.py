@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import tempfile
 import time
@@ -29,6 +30,8 @@ from evatok.video.index import ClipIndex
 from evatok.video.synthetic import write_videos
 
 Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
 
 
 class Settings(Config):
@@ -106,6 +109,7 @@ def _compare(
     weights, memory = RewardWeights(settings.w_q), settings.memory
     losses = []
     qualities = []
+    log.info("whole trees of %d training clips", len(training))
     for shard in training.split(16):
         tree = PrefixTree(tokenizer, shard, space, metrics, memory)
         tree.grow_all()
@@ -130,6 +134,7 @@ def _compare(
             memory=memory,
         )
 
+    log.info("brute force, the tree and the bounds on %d clips", len(clips))
     table, brute_seconds = _timed(
         lambda: brute_force(tokenizer, clips, space, metrics, batch=settings.batch)[settings.metric]
     )
@@ -154,6 +159,7 @@ def _compare(
 
     figures = {"full": entry(found, full_seconds, tree_cost, sum(map(len, nodes)))}
     many = held_out[: settings.agreement_clips]
+    log.info("agreement on %d clips", len(many))
     table = full(tokenizer, many, space, metrics, memory=memory)[settings.metric]
     expected = reward(table.double(), space.totals(), settings.metric, weights, statistics).argmax(1)
     agreement: dict[str, float] = {"clips": len(many)}
@@ -172,6 +178,7 @@ def _subtree(settings: Settings, config: TokenizerConfig) -> dict[str, dict[str,
 
     Another clip's subtree calibrates the bound, and both give the reward its statistics.
     """
+    log.info("a subtree of the large tokenizer")
     tokenizer = _placed(VideoTokenizer(config), settings)
     space, prefix = AssignmentSpace.of(config), settings.large_prefix
     shape = (2, 3, config.frames, config.size, config.size)
@@ -276,6 +283,7 @@ def _proxy_and_clips(settings: Settings) -> tuple[VideoTokenizer, Tensor, Tensor
         videos = write_videos(folder, sum(wanted), seed=0, blocks=4)
         places = [(f"{folder}/{video.name}", 0.0, 0.0) for video in videos]
         training, clips = decoded(places, proxy.config).to(settings.device).split(wanted)
+    log.info("training a proxy for %d steps", settings.steps)
     _train(proxy, training, settings.steps)
     return _placed(proxy, settings), training, clips
 

@@ -5,6 +5,7 @@ And what prepared clips gain over decoding.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import statistics
@@ -28,6 +29,8 @@ from evatok.stages.materialize import materialize
 from evatok.video.decode import ClipFormat, MediaLimits, decode_clip, probe
 from evatok.video.index import PREPARED, REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.synthetic import write_videos
+
+log = logging.getLogger(__name__)
 
 FRAMES = 16
 SHORT_GROUP, LONG_GROUP = 16, 256  # frames from keyframe to keyframe
@@ -94,7 +97,8 @@ def _videos(config: StreamBenchConfig, folder: Path, group: int) -> ClipIndex:
 
 def _measured(config: StreamBenchConfig, case: Case) -> dict[str, Any]:
     bare, loader, stream, first, prepared = [], [], [], [], []
-    for _ in range(config.rounds):
+    for turn in range(config.rounds):
+        log.info("%d pixels, a keyframe every %d frames, round %d", case.size, case.group, turn + 1)
         bare.append(_decoder_rate(config, case))
         loader.append(_dataloader_rate(config, case))
         rate, seconds = _stream_rate(config, case, case.clip_format)

@@ -7,6 +7,7 @@ times encode, decode and a training step of a large one, uniform against adaptiv
 
 from __future__ import annotations
 
+import logging
 import platform
 import resource
 import sys
@@ -43,6 +44,8 @@ from evatok.video.synthetic import write_videos
 
 TERMS = LossConfig(perceptual_kind="none", adversarial=0, alignment=0)
 WARM_UP = 5
+log = logging.getLogger(__name__)
+
 PARTS = ("data", "forward", "backward", "optimizer")
 
 
@@ -154,6 +157,7 @@ def _overhead(settings: Settings, folder: Path) -> dict[str, Any]:
         )
         return location
 
+    log.info("six trainings of %d steps: bare, Ray, Ray with the stream, and back", settings.loop_steps)
     found: dict[str, list[Location]] = {"bare": [bare("bare-0")]}
     with connected(cpus=settings.threads + 1):
         memory = partial(ordered_stream, order, _row_numbers)
@@ -273,6 +277,7 @@ def _measure(
     seconds: dict[str, dict[str, float]] = {name: {} for name in batches}
     for _ in range(repeats + 1):
         for name, assignment in batches.items():
+            log.info("encode, decode and step of the batch %s", name)
             model.eval()
             with torch.autocast(world.device.type, torch.bfloat16, enabled=options.bf16):
                 tokens = model.encode(pixels, assignment)

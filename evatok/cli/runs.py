@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import pkgutil
 from dataclasses import asdict
 from typing import Any, get_type_hints
@@ -188,10 +189,28 @@ def _measure(name: str, args: argparse.Namespace, console: Console) -> dict[str,
     overrides = list(args.overrides)
     if args.device is not None and (args.name != "all" or "device" in settings.model_fields):
         overrides.append(f"device={args.device}")
-    figures = module.run(parse("{}", settings, f"bench {name}", overrides))
+    parsed = parse("{}", settings, f"bench {name}", overrides)
+    steps, shown = logging.getLogger(module.__name__), _Shown(name, console)
+    steps.setLevel(logging.INFO)
+    steps.addHandler(shown)
+    try:
+        figures = module.run(parsed)
+    finally:
+        steps.removeHandler(shown)
     for key, value in figures.items():
         console.show(f"{name} {key}: {_figure(value)}")
     return dict(figures)
+
+
+class _Shown(logging.Handler):
+    """Shows what a benchmark has come to."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        super().__init__()
+        self._name, self._console = name, console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.log(self._name, record.getMessage())
 
 
 def _figure(value: Any) -> str:
