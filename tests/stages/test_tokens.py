@@ -149,11 +149,10 @@ def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, mon
     rows = read_rows(context.location, "train", ["clip_id", "augmentation", "indices"])
     assert rows["clip_id"].to_pylist() == ["c0", "c1", "c2", "c4"] * 2
     assert rows["augmentation"].to_pylist() == [0] * 4 + [1] * 4
-    plain = encode_clips((np.arange(5), 0), maker).table
-    found, expected = (table["indices"].to_pylist() for table in (rows.slice(0, 4), plain))
-    assert [len(each) for each in found] == [len(each) for each in expected]
-    # A close call between two codes may fall either way with another number of clips at once.
-    assert (np.concatenate(found) == np.concatenate(expected)).mean() > 0.8
+    # As many clips at once as a task has: a close call between two codes may fall the other way with more.
+    parts = [encode_clips((part, 0), maker).table for part in np.split(np.arange(5), [2, 4])]
+    plain = pa.concat_tables(parts)
+    assert rows["indices"].to_pylist()[:4] == plain["indices"].to_pylist()
     vocabulary = read_vocabulary(context.location)
     assert vocabulary.labels == ("a", "b")
     assert vocabulary.codebook == maker.tokenizer.codebook
