@@ -36,6 +36,8 @@ from evatok.stages.fanning import ClipReader
 from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, write_index
 from evatok.video.synthetic import write_videos
 
+log = logging.getLogger(__name__)
+
 VIDEOS = 8
 BLOCKS = 4
 START_SECONDS = 600.0  # a plain process that is not ready by then has died
@@ -60,9 +62,6 @@ class SimulationConfig(Config):
     failure_rate: float = Field(default=0.005, ge=0, lt=1, description="attempts that fail half way")
     lost_nodes: int = Field(default=4, ge=0, description="over the run, evenly; replaced at once")
     seed: int = 0
-
-
-log = logging.getLogger(__name__)
 
 
 class FanoutBenchConfig(Config):

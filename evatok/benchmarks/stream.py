@@ -27,7 +27,7 @@ from evatok.distributed import cluster
 from evatok.distributed.stream import clip_stream, large_blocks, reading_rate
 from evatok.stages.materialize import materialize
 from evatok.video.decode import ClipFormat, MediaLimits, decode_clip, probe
-from evatok.video.index import PREPARED, REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
+from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, clip_starts, write_index
 from evatok.video.synthetic import write_videos
 
 log = logging.getLogger(__name__)
@@ -181,14 +181,14 @@ def _dataloader_rate(config: StreamBenchConfig, case: Case) -> float:
 
 
 def _prepared_rate(config: StreamBenchConfig, case: Case) -> float:
-    """As `_stream_rate`, of clips decoded before and cut from the center, as prepared clips are."""
-    location, fixed = case.index.location, case.clip_format.model_copy(update={"crop": "center"})
+    """As `_stream_rate`, of clips decoded before, in the first round, and cut from the center as they are.
+
+    The other ways crop at random, for which prepared clips do not serve.
+    """
+    fixed = case.clip_format.model_copy(update={"crop": "center"})
     with cluster.connected(cpus=config.processes):
-        materialize(location, FRAMES, case.size, MediaLimits())
-    rate, _ = _stream_rate(config, case, fixed)
-    # The other ways decode; and a size is prepared in the place of another.
-    location.delete(PREPARED)
-    return rate
+        materialize(case.index.location, FRAMES, case.size, MediaLimits())
+    return _stream_rate(config, case, fixed)[0]
 
 
 def _stream_rate(config: StreamBenchConfig, case: Case, clip_format: ClipFormat) -> tuple[float, float]:

@@ -15,9 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from evatok.errors import UserError
-from evatok.training.optimizers import MuonWithAdamW, adamw, empty_state
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from evatok.training.optimizers import MOMENTS, MUON_MOMENT, MuonWithAdamW, adamw, empty_state
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Engine:
         kind = MuonWithAdamW if options.muon else adamw
         optimizer = kind(trained, options.betas, options.weight_decay)
         self._names = {p: name for name, p in trained.items()}
-        self._moments = (*MOMENTS, "momentum_buffer") if options.muon else MOMENTS
+        self._moments = (*MOMENTS, MUON_MOMENT) if options.muon else MOMENTS
         if not options.zero_stage:
             optimizer.register_step_pre_hook(self._clip_or_drop)
         self._engine, *_ = deepspeed.initialize(

@@ -9,10 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its count of steps
+MUON_MOMENT = "momentum_buffer"
+
 
 def adamw(parameters: Mapping[str, nn.Parameter], betas: tuple[float, float], decay: float) -> AdamW:
     """AdamW whose weight decay is on matrices (and larger tensors) only. The rate is set before each step."""
-    return AdamW(_groups(parameters, decay), lr=0.0, betas=betas)
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas)
 
 
 class MuonWithAdamW(Optimizer):
@@ -49,14 +56,6 @@ class MuonWithAdamW(Optimizer):
 def empty_state(group: Mapping[str, Any], like: Tensor, count: Tensor) -> dict[str, Tensor]:
     """What is kept of a parameter of this group. ``count``: steps that AdamW has taken with it."""
     if "ns_steps" in group:
-        return {"momentum_buffer": torch.zeros_like(like, requires_grad=False)}
-    moments = {name: torch.zeros_like(like, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        return {MUON_MOMENT: torch.zeros_like(like, requires_grad=False)}
+    moments = {name: torch.zeros_like(like, requires_grad=False) for name in MOMENTS}
     return {"step": count.clone(), **moments}
-
-
-def _groups(parameters: Mapping[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

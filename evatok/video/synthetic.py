@@ -60,8 +60,7 @@ def write_videos(
     """Write `count` mp4 files of `blocks` temporal blocks, size x size pixels, and the truth about them.
 
     The same arguments give the same pictures. `group`: frames per keyframe. `texture`: of the surfaces, in
-    some of the scenes. The file `truth.json` comes last:
-    it marks the folder as complete.
+    some of the scenes. The file `truth.json` comes last: it marks the folder as complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
