@@ -108,12 +108,12 @@ def clip_stream(
 ) -> ray.data.Dataset:
     """The clips at the positions start, ..., start + count - 1 of `order` over `index`, decoded in tasks.
 
-    Rows: clip uint8 [C, F, H, W]; position int64; row int64, of the whole index; replaced bool; with `labels`
-    also label int64, the label's place in that list or -1. A clip that cannot be decoded is replaced by the
-    next clip of another video in the index (`row` is then that one's, and `replaced` is true), as what spoils
-    one clip of a file often spoils them all. The sampling rate and the
-    limits are the index's. Random crops and flips follow from (`seed`, position). Prepared clips are used
-    where there are and whole.
+    Rows: clip uint8 [C, F, H, W]; position int64; row int64, of the whole index; replaced bool; still bool:
+    an image, held for the whole clip; with `labels` also label int64, the label's place in that list or -1.
+    A clip that cannot be decoded is replaced by the next clip of another video in the index (`row` is then
+    that one's, and `replaced` is true), as what spoils one clip of a file often spoils them all; an image by
+    an image. The sampling rate and the limits are the index's. Random crops and flips follow from (`seed`,
+    position). Prepared clips are used where there are and whole.
     """
     if order.clips != len(index):
         raise ValueError(f"an order of {order.clips} clips for an index of {len(index)}")
@@ -256,7 +256,7 @@ class ClipFetch:
     def __call__(self, positions: NDArray[np.int64], clips: NDArray[np.int64]) -> Columns:
         size, frames = self.clip_format.size, self.clip_format.frames
         pixels = np.empty((len(clips), 3, frames, size, size), np.uint8)
-        columns = ("uri", "start", "fps") if self.labels is None else ("uri", "start", "fps", "label")
+        columns = ("uri", "start", "fps", "frames", *(["label"] if self.labels is not None else []))
         used = self.index.take(clips, columns).to_pylist()
         replaced = np.zeros(len(clips), bool)
         bad = self.index.known_bad()
@@ -289,6 +289,7 @@ class ClipFetch:
             "clip": pixels,
             "row": np.asarray([clip["row"] for clip in used], np.int64),
             "replaced": replaced,
+            "still": np.asarray([self.clip_format.of(clip).still for clip in used]),
         }
         if self.labels is not None:
             places = {label: place for place, label in enumerate(self.labels)}
@@ -296,16 +297,16 @@ class ClipFetch:
         return found
 
     def _candidates(self, clip: int, row: dict[str, Any]) -> Iterator[int]:
-        """The clip, then the first clip of each other video that follows it in the index."""
+        """The clip, then the first one of each other video after it in the index; for an image, images."""
         yield clip
         tried = {row["uri"]}
         for low in range(clip + 1, clip + len(self.index), _ROWS_AHEAD):
             ahead = np.arange(low, min(low + _ROWS_AHEAD, clip + len(self.index))) % len(self.index)
-            for other, uri in zip(ahead, self.index.take(ahead, ("uri",))["uri"].to_pylist()):
+            for other, found in zip(ahead, self.index.take(ahead, ("uri", "frames")).to_pylist()):
                 if len(tried) == _VIDEOS_TRIED:
                     return
-                if uri not in tried:
-                    tried.add(uri)
+                if found["uri"] not in tried and found["frames"] == row["frames"]:
+                    tried.add(found["uri"])
                     yield int(other)
 
     @contextmanager
@@ -336,7 +337,7 @@ class ClipFetch:
         position: int,
         out: NDArray[np.uint8],
     ) -> None:
-        clip_format = self.clip_format.model_copy(update={"fps": clip["fps"]})
+        clip_format = self.clip_format.of(clip)
         draw = np.random.default_rng((self.seed % 2**64, position))
         if prepared is not None:
             try:

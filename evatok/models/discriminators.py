@@ -77,9 +77,12 @@ class TransformerDiscriminator(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Logits ``[B, n]``, positive for real, of ``clips [B, C, F, H, W]`` around [0, 1]."""
+        """Logits ``[B, n]``, positive for real, of ``clips [B, C, F, H, W]`` around [0, 1].
+
+        Clips may have fewer frames than it was made for.
+        """
         patches = patchify(centred(clips), self.config.patch).flatten(1, 3)
-        x = self.embed(patches.to(self.embed.weight.dtype)) + self.position
+        x = self.embed(patches.to(self.embed.weight.dtype)) + self.position[: patches.shape[1]]
         if self.config.logits == "cls":
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)
         for layer in self.layers:

@@ -207,7 +207,7 @@ def draw(index: ClipIndex, clips: CurateClips, context: StageContext) -> NDArray
     """Rows of the index, training clips first, in ascending order within a split."""
     chosen = []
     for stream, (split, wanted) in enumerate((("train", clips.train), ("test", clips.test))):
-        view = index.select(split=split)
+        view = index.without_images().select(split=split)
         if len(view) < wanted:
             context.log(
                 f"the index has {len(view)} {split} clips, fewer than curate.clips.{split} = {wanted}"

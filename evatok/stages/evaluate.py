@@ -62,6 +62,7 @@ from evatok.stages.judge import (
 from evatok.stages.sources import policy_sources
 from evatok.stages.stage import Stage, StageContext
 from evatok.video.index import ClipIndex
+from evatok.video.sources.mixture import part_problems
 
 
 class EvaluateConfig(Config):
@@ -387,10 +388,9 @@ def _check(config: EvaluateConfig, experiment: Any) -> Iterator[tuple[str, str]]
         return
     if not config.frechet:
         yield "evaluate.frechet_clips", "are used by `frechet`, which is false: set it, or leave them out"
-    parts = getattr(experiment.index.source, "parts", {})
-    if (part := config.frechet_clips.part) is not None and part not in parts:
-        known = ", ".join(parts) or "none: index.source is no mixture"
-        yield "evaluate.frechet_clips.part", f"{part!r} is no part of index.source; there are {known}"
+    yield from part_problems(
+        "evaluate.frechet_clips.part", config.frechet_clips.part, experiment.index.source
+    )
 
 
 STAGE = Stage(

@@ -128,9 +128,10 @@ class ClipReader:
     ) -> NDArray[np.uint8]:
         if entry["row"] in bad:
             raise DecodeError("crash", f"{entry['uri']}: known to end its decoder")
-        sampled = form.model_copy(update={"fps": entry["fps"]})
         try:
-            return self._guard(decode_clip, entry["uri"], entry["start"], sampled, draw, self.index.limits)
+            return self._guard(
+                decode_clip, entry["uri"], entry["start"], form.of(entry), draw, self.index.limits
+            )
         except DecodeError as error:
             self.index.report(entry["row"], error)
             raise

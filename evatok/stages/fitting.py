@@ -58,7 +58,12 @@ def fit_on_clips(
             label_selector=place,
         )
     stream = partial(
-        clip_stream, clips, clips.order(context.seed), form, seed=context.seed, label_selector=place
+        clip_stream,
+        clips,
+        clips.order(context.seed, config.global_batch),
+        form,
+        seed=context.seed,
+        label_selector=place,
     )
     return fit_stage(context, task, config, stream, evaluation)
 

@@ -90,7 +90,7 @@ def compare_features(
 
 def draw(index: ClipIndex, wanted: FrechetClips, seed: int) -> NDArray[np.int64]:
     """Rows of the index, ascending. UserError where there are fewer than two."""
-    view = index.select(split=wanted.split)
+    view = index.without_images().select(split=wanted.split)
     if wanted.part is not None:
         view = view.part(wanted.part)
     order = np.random.default_rng(seed).permutation(len(view))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from evatok.artifacts import Location
 from evatok.config import OPERATIONAL, Config, identity
@@ -80,6 +80,15 @@ class IndexConfig(Config):
         description="decode every clip once at so many pixels and keep it; 0: decode each time",
     )
     videos_per_task: Annotated[int, OPERATIONAL] = Field(default=_VIDEOS_PER_TASK, gt=0)
+
+    @model_validator(mode="after")
+    def _images_are_held(self) -> IndexConfig:
+        if self.frames == 1 and (images := _image_parts(self)):
+            raise ValueError(
+                f"parts {images} of the source are of images, and with frames 1 every clip is one: leave"
+                " their `images` out"
+            )
+        return self
 
 
 Report = Callable[["Progress"], None]
@@ -160,7 +169,8 @@ def _write(
             raise UserError(_nothing_usable(config, codes, first))
         if isinstance(config.source, MixtureSource):
             index.shares = [
-                SourceShare(name, shares[name], part.weight) for name, part in config.source.parts.items()
+                SourceShare(name, shares[name], part.weight, part.images)
+                for name, part in config.source.parts.items()
             ]
         location.write_file(PROBED, path)
     return {
@@ -261,7 +271,7 @@ def _probe_shard(spec: tuple[IndexConfig, Location, int, NDArray[np.int64]], gua
         failed = []
         for k in sought:
             try:
-                found[k] = _probe_video(config, listed[k]["uri"], guard)
+                found[k] = _probe_video(config, listed[k]["uri"], listed[k]["part"], guard)
             except StorageError as error:
                 failed.append(k)
                 found[k] = {"code": "storage", "detail": str(error)}
@@ -273,11 +283,13 @@ def _probe_shard(spec: tuple[IndexConfig, Location, int, NDArray[np.int64]], gua
     return ShardOutput(table)
 
 
-def _probe_video(config: IndexConfig, uri: str, guard: Guard) -> dict[str, Any]:
+def _probe_video(config: IndexConfig, uri: str, part: str, guard: Guard) -> dict[str, Any]:
     try:
         info = guard(probe, uri, config.limits)
     except DecodeError as error:
         return {"code": error.code, "detail": error.detail}
+    if part in _image_parts(config):
+        return {"width": info.width, "height": info.height, "starts": [float(info.times[0])]}
     cut = ClipFormat(frames=config.frames, fps=config.fps)
     starts = clip_starts(info, cut, config.stride, config.clips_per_video)
     if not starts:
@@ -292,15 +304,16 @@ def _clips(config: IndexConfig, listed: pa.Table, videos: pa.Table, split: pa.Ch
     counts = pc.list_value_length(starts).to_numpy(zero_copy_only=False).astype(np.int64)
     owner = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    of_clip = listed.select(["name", "uri", "label", "caption"]).take(pa.array(owner))
+    of_clip = listed.select(["name", "uri", "part", "label", "caption"]).take(pa.array(owner))
     shapes = videos.select(["width", "height"]).take(pa.array(owner))
+    image = pc.is_in(of_clip["part"], pa.array(_image_parts(config), pa.string()))
     digits = pc.utf8_lpad(pa.array(number).cast(pa.string()), 5, "0")
     columns = {
         "clip_id": pc.binary_join_element_wise(of_clip["name"], digits, "#"),
         "uri": of_clip["uri"],
         "start": pc.list_flatten(starts),
-        "fps": np.full(len(owner), config.fps, np.float32),
-        "frames": np.full(len(owner), config.frames, np.int32),
+        "fps": np.where(image, 0, config.fps).astype(np.float32),
+        "frames": np.where(image, 1, config.frames).astype(np.int32),
         "width": shapes["width"],
         "height": shapes["height"],
         "label": of_clip["label"],
@@ -309,6 +322,12 @@ def _clips(config: IndexConfig, listed: pa.Table, videos: pa.Table, split: pa.Ch
         "motion": _motion(config, listed["motion"], owner, number),
     }
     return pa.table(columns, schema=SCHEMA)
+
+
+def _image_parts(config: IndexConfig) -> list[str]:
+    """Names of the parts of a mixture whose files are images."""
+    parts = config.source.parts if isinstance(config.source, MixtureSource) else {}
+    return [name for name, part in parts.items() if part.images]
 
 
 def _drawn_for_test(
@@ -332,7 +351,10 @@ def _motion(
         return pa.nulls(len(owner), kind)
     known = motion.to_pylist()
     blocks, step = config.frames // BLOCK, config.stride // BLOCK
-    cut = [known[video][k * step : k * step + blocks] for video, k in zip(owner, number)]
+    cut = [
+        None if (paces := known[video]) is None else paces[k * step : k * step + blocks]
+        for video, k in zip(owner, number)
+    ]
     return pa.array(cut, kind)
 
 
@@ -349,6 +371,8 @@ def _key(config: IndexConfig) -> str:
     """Identifies the settings that a probe's result depends on."""
     plain = identity(config)
     cut = {name: plain[name] for name in ("frames", "fps", "stride", "clips_per_video", "limits")}
+    if images := _image_parts(config):
+        cut["images"] = images
     return hashlib.sha256(json.dumps([VERSION, _PROBING, cut], sort_keys=True).encode()).hexdigest()
 
 

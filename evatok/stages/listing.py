@@ -97,12 +97,12 @@ class Listing:
 
 
 def read_rows(location: Location, version: int, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """In a task: key, uri, bytes and modified at these ascending rows of a listing."""
+    """In a task: key, uri, part, bytes and modified at these ascending rows of a listing."""
     file, edges = _opened(location.uri, version)
     groups = np.searchsorted(edges, rows, side="right") - 1
     found: list[dict[str, Any]] = []
     for group in np.unique(groups):
-        table = file.read_row_group(int(group), columns=["key", "uri", "bytes", "modified"])
+        table = file.read_row_group(int(group), columns=["key", "uri", "part", "bytes", "modified"])
         found += table.take(pa.array(rows[groups == group] - edges[group])).to_pylist()
     return found
 

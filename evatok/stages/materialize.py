@@ -90,9 +90,8 @@ def _prepare(spec: tuple[ClipIndex, ClipFormat, MediaLimits, int], guard: Guard)
     clips: list[NDArray[np.uint8] | None] = []
     rejected = []
     for clip in index.take(rows).to_pylist():
-        sampled = clip_format.model_copy(update={"fps": clip["fps"]})
         try:
-            clips.append(guard(decode_clip, clip["uri"], clip["start"], sampled, None, limits))
+            clips.append(guard(decode_clip, clip["uri"], clip["start"], clip_format.of(clip), None, limits))
         except DecodeError as error:
             clips.append(None)
             rejected.append({"uri": clip["uri"], "code": error.code, "detail": error.detail})

@@ -39,6 +39,7 @@ def tokenizer_problems(stage: str, config: TokenizerTraining, experiment: Any) -
     yield from train_problems(stage, config.train, experiment, tokenizer_metrics(config), recomputes=True)
     yield from _model_problems(stage, config)
     frames, size, terms = config.model.frames, config.model.size, config.losses
+    images = any(part.images for part in getattr(experiment.index.source, "parts", {}).values())
     if terms.adversarial and isinstance(terms.adversary, TransformerAdversaryConfig):
         patch = terms.adversary.patch
         for name, extent, step in zip(("frames", "size", "size"), (frames, size, size), patch):
@@ -47,6 +48,13 @@ def tokenizer_problems(stage: str, config: TokenizerTraining, experiment: Any) -
                     f"{stage}.losses.adversary.patch",
                     f"{list(patch)} does not tile a clip: model.{name}, which is {extent}, must be a multiple"
                     f" of {step}",
+                )
+                break
+            if name == "frames" and images and config.model.patch[0] % step:
+                yield (
+                    f"{stage}.losses.adversary.patch",
+                    f"{list(patch)} does not tile an image, which is one block of {config.model.patch[0]}"
+                    f" frames (model.patch): its frames must divide that",
                 )
                 break
     if frames > experiment.index.frames:
@@ -92,7 +100,7 @@ def train_tokenizer(
         TokenizerTask(config.model, config.losses, assignments),
         config.train,
         clips=index.select(split="train"),
-        held_out=index.select(split="test"),
+        held_out=index.without_images().select(split="test"),
         shown=config.held_out,
         form=ClipFormat(
             frames=config.model.frames, size=config.model.size, crop=config.crop, flip=config.flip

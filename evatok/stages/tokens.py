@@ -37,6 +37,7 @@ from evatok.training.token_table import (
 )
 from evatok.video.decode import ClipFormat
 from evatok.video.index import ClipIndex
+from evatok.video.sources.mixture import part_problems
 
 if TYPE_CHECKING:
     from evatok.distributed.fanout import ShardOutput
@@ -203,7 +204,7 @@ def draw_clips(
 
 def open_clips(context: StageContext) -> ClipIndex:
     """The clips that the generator learns from."""
-    index = ClipIndex.open(context.inputs["index"].location)
+    index = ClipIndex.open(context.inputs["index"].location).without_images()
     part = context.experiment.tokens.part
     return index if part is None else index.part(part)
 
@@ -213,7 +214,7 @@ def gives_labels(experiment: Any) -> bool:
     source, part = experiment.index.source, experiment.tokens.part
     if source.kind != "mixture":
         return source.kind not in UNLABELLED
-    kinds = [p.source.kind for name, p in source.parts.items() if part in (None, name)]
+    kinds = [p.source.kind for name, p in source.parts.items() if part in (None, name) and not p.images]
     return any(kind not in UNLABELLED for kind in kinds)
 
 
@@ -273,9 +274,7 @@ def _check(config: TokensConfig, experiment: Any) -> Iterator[tuple[str, str]]:
         )
     space = AssignmentSpace.of(tokenizer)
     yield from policy_problems("tokens.policy", config.policy, space)
-    parts = list(getattr(experiment.index.source, "parts", ()))
-    if config.part is not None and config.part not in parts:
-        yield "tokens.part", f"index.source has no part {config.part!r}; there are {parts or 'none'}"
+    yield from part_problems("tokens.part", config.part, experiment.index.source)
     if not config.condition:
         return
     given, depth = len(config.condition), tokenizer.patch[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ def evaluated(terms: LossConfig) -> tuple[str, ...]:
 class TokenizerTask(Task):
     """Reconstruction, quantizer, alignment and adversarial terms; a term of weight 0 builds nothing.
 
+    A batch is of videos or of images (``still``), never of both; an image is a clip of one block, and gets
+    the tokens that its first block gets when it is held for a whole clip.
     ``assignments``: called once in each worker, gives what assigns tokens to clips.
     """
 
@@ -80,8 +83,8 @@ class TokenizerTask(Task):
         return modules
 
     def losses(self, modules: Modules, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, Metrics]]:
-        clips = batch["clip"].float() / 255
-        assignment = self._assign(batch["clip"], batch["position"])
+        clips, assignment = self._shown(batch)
+        images = clips.shape[2] < self.tokenizer.frames
         output, projected = modules["model"](clips, assignment)
         reconstruction = output.reconstruction
         terms = self._reconstruction_terms(reconstruction, clips, step) | output.losses
@@ -94,12 +97,13 @@ class TokenizerTask(Task):
                 terms["adversarial"] = self.terms.adversarial * generator_loss(adversary(reconstruction))
         loss = torch.stack([*terms.values()]).sum()
         tokens = assignment.sum(1).float().mean()
-        yield "model", loss, {"loss": loss, **terms, **output.metrics, **_counts(batch), "tokens": tokens}
+        figures = {**terms, **output.metrics, **_counts(batch), "tokens": tokens}
+        yield "model", loss, {"loss": loss, **_named(figures, images)}
         if fighting and (step - self.terms.adversary.start) % self.terms.adversary.every == 0:
             real, fake = adversary(clips), adversary(reconstruction.detach())
             loss = discriminator_loss(real, fake) + self.terms.lecam * adversary.lecam(real, fake)
-            figures = {"logits_real": real.mean(), "logits_fake": fake.mean()}
-            yield "discriminator", loss, {"discriminator": loss, **figures}
+            figures = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+            yield "discriminator", loss, _named(figures, images)
 
     def rate_scale(self, engine: str) -> float:
         return self.terms.adversary.rate if engine == "discriminator" else 1.0
@@ -122,12 +126,22 @@ class TokenizerTask(Task):
         tokenizer.load_state_dict(kept)
         tokenizer.save_pretrained(folder)
 
+    def _shown(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Clips in [0, 1] and their assignments. A batch of images is of clips of one block."""
+        assignment = self._assign(batch["clip"], batch["position"])
+        clips = batch["clip"].float() / 255
+        if "still" in batch and batch["still"].any():
+            return clips[:, :, : self.tokenizer.patch[0]], assignment[:, :1]
+        return clips, assignment
+
     def _reconstruction_terms(self, reconstruction: Tensor, clips: Tensor, step: int) -> dict[str, Tensor]:
         terms = {"l1": self.terms.l1 * (reconstruction - clips).abs().mean()}
         if self.terms.l2:
             terms["l2"] = self.terms.l2 * (reconstruction - clips).square().mean()
         if self._perceptual is not None:
-            seen = (spaced_frames(x, self.terms.perceptual_frames, step) for x in (reconstruction, clips))
+            count = self.terms.perceptual_frames
+            count = count and math.gcd(count, clips.shape[2])  # fewer of an image, which has fewer frames
+            seen = (spaced_frames(x, count, step) for x in (reconstruction, clips))
             terms["perceptual"] = self.terms.perceptual * self._perceptual(*seen)
         return terms
 
@@ -169,6 +183,11 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _named(figures: dict[str, Tensor], images: bool) -> dict[str, Tensor]:
+    """The figures of images have curves of their own."""
+    return {f"image_{name}": value for name, value in figures.items()} if images else figures
 
 
 def _counts(batch: Batch) -> dict[str, Tensor]:

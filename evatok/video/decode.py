@@ -7,14 +7,16 @@ A file that cannot be used raises DecodeError, for good. A storage that does not
 StorageError: the same call may succeed later.
 """
 
+from __future__ import annotations
+
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from typing import IO, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 import av
 import numpy as np
@@ -92,6 +94,12 @@ class ClipFormat(Config):
         default="center", description="where the square lies on the long side"
     )
     flip: bool = Field(default=False, description="mirror half of the clips left to right")
+    still: bool = Field(default=False, description="one frame of the file, an image, held for the whole clip")
+
+    def of(self, clip: Mapping[str, Any]) -> ClipFormat:
+        """As a row of the index is cut: at its sampling rate, and held where it has one frame."""
+        still = clip["frames"] == 1 and self.frames > 1
+        return self.model_copy(update={"fps": clip["fps"], "still": still})
 
     def drawn(self, draw: np.random.Generator | None) -> tuple[float, bool]:
         """Where on the long side the square lies, 0 to 1, and whether the clip is mirrored."""
@@ -173,9 +181,9 @@ def decode_clip(
     """The clip that begins at `start` seconds: uint8 [C, F, H, W], RGB, contiguous.
 
     With fps 0: the F consecutive frames from the first one at or after `start`. With fps > 0: frame k is the
-    one on screen at start + k / fps. `draw` decides a random crop and the flip; without it the crop is
-    central and nothing is mirrored. `out`: an array of the clip's shape to fill and return. Raises
-    DecodeError and StorageError.
+    one on screen at start + k / fps. A still one is its first frame, F times. `draw` decides a random crop
+    and the flip; without it the crop is central and nothing is mirrored. `out`: an array of the clip's shape
+    to fill and return. Raises DecodeError and StorageError.
     """
     limits = limits or MediaLimits()
     canvas = _Canvas(clip_format, *clip_format.drawn(draw), out)
@@ -195,6 +203,7 @@ class _Canvas:
         size = clip_format.size
         self.clip = np.empty((3, clip_format.frames, size, size), np.uint8) if out is None else out
         self._size, self._offset, self._mirrored = size, offset, mirrored
+        self._still = clip_format.still
 
     def begin(self, stream: av.VideoStream) -> None:
         """Start with the first frame, of this stream."""
@@ -226,6 +235,8 @@ class _Canvas:
         self._before = frame
 
     def finish(self) -> NDArray[np.uint8]:
+        if self._still:
+            self.clip[:, 1:] = self.clip[:, :1]
         if self._quarters:
             upright = np.rot90(self.clip, self._quarters, axes=(2, 3))
             self.clip[:] = (upright[..., ::-1] if self._mirrored else upright).copy()
@@ -235,7 +246,8 @@ class _Canvas:
 def _cut(
     uri: str, start: float, clip_format: ClipFormat, canvas: _Canvas, limits: MediaLimits, *, seek: bool
 ) -> None:
-    wanted, step = clip_format.frames, 1 / clip_format.fps if clip_format.fps else 0.0
+    wanted = 1 if clip_format.still else clip_format.frames
+    step = 1 / clip_format.fps if clip_format.fps else 0.0
     with _opened(uri, limits) as (container, stream):
         canvas.begin(stream)
         # Half a tick of slack: `start` went through float64 seconds.

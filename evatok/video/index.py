@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -59,11 +59,15 @@ _GROUPS_KEPT = 256
 
 @dataclass(frozen=True)
 class SourceShare:
-    """`clips` rows of an index that come from one source, and how often its turn comes in the order."""
+    """`clips` rows of an index that come from one source, and how often its turn comes in the order.
+
+    `images`: each is one image.
+    """
 
     name: str
     clips: int
     weight: float
+    images: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,26 +146,44 @@ class ClipIndex:
         """The distinct labels of the view in alphabetical order; a clip's label number is its place here."""
         return sorted(value for value in pc.unique(self.column("label")).to_pylist() if value is not None)
 
-    def order(self, seed: int) -> Order:
-        """The endless order of this view's clips; several sources are mixed by their weights."""
-        sources = _file(self.location.uri, self.version).sources
-        edges = np.cumsum([0, *(source.clips for source in sources)])
+    def order(self, seed: int, batch: int = 1) -> Order:
+        """The endless order of this view's clips; several sources are mixed by their weights.
+
+        Where images are among them, every `batch` positions from a multiple of it on are of one source.
+        """
+        sources, edges = self._sources()
         held = edges if self.selected is None else np.searchsorted(self.selected, edges)
-        parts = [(int(clips), source.weight) for clips, source in zip(np.diff(held), sources) if clips]
+        parts = [(int(clips), source) for clips, source in zip(np.diff(held), sources) if clips]
         if len(parts) < 2:
             return ClipOrder(len(self), seed)
-        return MixedOrder(tuple(clips for clips, _ in parts), tuple(weight for _, weight in parts), seed)
+        run = batch if any(source.images for _, source in parts) else 1
+        return MixedOrder(
+            tuple(clips for clips, _ in parts), tuple(source.weight for _, source in parts), seed, run
+        )
 
     def part(self, name: str) -> ClipIndex:
         """The clips of one part of a mixture. Raises UserError when there is no such part."""
-        sources = _file(self.location.uri, self.version).sources
-        edges = np.cumsum([0, *(source.clips for source in sources)])
-        names = [source.name for source in sources]
+        names = [source.name for source in self._sources()[0]]
         if name not in names:
             raise UserError(f"{self.location}: no part {name!r} in this index; there are {names or 'none'}.")
-        low, high = edges[names.index(name) : names.index(name) + 2]
+        return self._of(lambda source: source.name == name)
+
+    def without_images(self) -> ClipIndex:
+        """The clips that are cut from videos."""
+        if not any(source.images for source in self._sources()[0]):
+            return self
+        return self._of(lambda source: not source.images)
+
+    def _of(self, wanted: Callable[[SourceShare], bool]) -> ClipIndex:
+        sources, edges = self._sources()
         held = np.arange(self.rows) if self.selected is None else self.selected
-        return replace(self, selected=held[(held >= low) & (held < high)])
+        mine = np.asarray([wanted(source) for source in sources])
+        return replace(self, selected=held[mine[np.searchsorted(edges, held, side="right") - 1]])
+
+    def _sources(self) -> tuple[tuple[SourceShare, ...], NDArray[np.int64]]:
+        """The sources, and where the rows of each begin, with the number of rows at the end."""
+        sources = _file(self.location.uri, self.version).sources
+        return sources, np.cumsum([0, *(source.clips for source in sources)], dtype=np.int64)
 
     def known_bad(self) -> frozenset[int]:
         """Rows of the whole index whose decoding took a process down or never ended, here or elsewhere."""

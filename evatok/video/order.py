@@ -66,13 +66,14 @@ class MixedOrder:
     """Several sources in one endless order, each in an order of its own, mixed by weight.
 
     `parts`: clips of each source; its rows follow those of the source before. `weights`: how often a source's
-    turn comes, relative to the others, to a precision of 1 / 1000 of all turns. Every 1000 positions hold
-    each source equally often.
+    turn comes, relative to the others, to a precision of 1 / 1000 of all turns. Every 1000 turns hold each
+    source equally often. `run`: positions that one turn takes up.
     """
 
     parts: tuple[int, ...]
     weights: tuple[float, ...]
     seed: int
+    run: int = 1
 
     def __post_init__(self) -> None:
         if not self.parts or len(self.parts) != len(self.weights) or min(self.weights) <= 0:
@@ -89,14 +90,16 @@ class MixedOrder:
         """The rows at positions start, ..., start + count - 1: int64 [count]."""
         edges = turn_edges(self.weights)
         firsts, edges = edges[:-1], edges[1:]
-        turns = ClipOrder(_TURNS, self.seed).rows(start, count)
+        turn, within = np.divmod(np.arange(start, start + count, dtype=np.int64), self.run)
+        turns = ClipOrder(_TURNS, self.seed).at(turn)
         sources = np.searchsorted(edges, turns, side="right")
-        period = np.arange(start, start + count) // _TURNS
+        period = turn // _TURNS
         rows = np.empty(count, np.int64)
         offset = 0
         for number, clips in enumerate(self.parts):
             mine = np.flatnonzero(sources == number)
-            positions = period[mine] * (edges - firsts)[number] + turns[mine] - firsts[number]
+            before = period[mine] * (edges - firsts)[number] + turns[mine] - firsts[number]
+            positions = before * self.run + within[mine]
             rows[mine] = offset + ClipOrder(clips, self.seed + 1 + number).at(positions)
             offset += clips
         return rows

@@ -136,3 +136,14 @@ def test_gradients_flow_through_the_augmentation() -> None:
     augment(clips).square().sum().backward()
     assert clips.grad is not None
     assert clips.grad.isfinite().all()
+
+
+def test_the_transformer_judges_clips_of_fewer_frames_by_the_positions_they_have() -> None:
+    torch.manual_seed(0)
+    config = TransformerAdversaryConfig(patch=(2, 8, 8), network=TINY)
+    discriminator = build_adversary(config, clip_config(8, 16)).eval()
+    shorter = build_adversary(config, clip_config(4, 16)).eval()
+    weights = discriminator.state_dict()
+    shorter.load_state_dict(weights | {"position": weights["position"][: shorter.position.shape[0]]})
+    clips = torch.rand(2, 3, 4, 16, 16)
+    torch.testing.assert_close(discriminator(clips), shorter(clips))

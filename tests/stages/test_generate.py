@@ -217,7 +217,9 @@ def test_a_frame_predictors_assignment_and_budget_leave_room_for_its_condition(c
 )
 def test_guidance_needs_clips_that_have_classes(source, part, fits):
     parts = {"films": "webvid", "sports": "ucf101"}
-    named = {name: SimpleNamespace(source=SimpleNamespace(kind=kind)) for name, kind in parts.items()}
+    named = {
+        name: SimpleNamespace(source=SimpleNamespace(kind=kind), images=False) for name, kind in parts.items()
+    }
     experiment = SimpleNamespace(
         index=SimpleNamespace(source=SimpleNamespace(**source, parts=named)),
         tokenizer=SimpleNamespace(model=TINY),

@@ -18,9 +18,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from evatok.artifacts import Location
+from evatok.distributed.stream import ClipFetch
 from evatok.errors import UserError
 from evatok.experiment import read_experiment
+from evatok.stages.curate import CurateClips
+from evatok.stages.curate import draw as curate_draw
 from evatok.stages.fanning import ClipReader
+from evatok.stages.frechet import FrechetClips
+from evatok.stages.frechet import draw as frechet_draw
 from evatok.stages.index import (
     _KEY,
     _PROBED,
@@ -35,9 +40,12 @@ from evatok.stages.index import (
     run,
 )
 from evatok.stages.listing import Listing
+from evatok.stages.materialize import materialize
 from evatok.stages.stage import LABEL, Groups, Resources
-from evatok.video.decode import ClipFormat, DecodeError, StorageError, VideoInfo
+from evatok.stages.tokens import open_clips
+from evatok.video.decode import ClipFormat, DecodeError, MediaLimits, StorageError, VideoInfo
 from evatok.video.index import REJECTED_SCHEMA, SCHEMA, ClipIndex, IndexWriter, write_index
+from evatok.video.order import ClipOrder
 from evatok.video.sources import FolderSource, SyntheticSource, Video, WebVidSource
 from evatok.video.synthetic import write_videos
 
@@ -327,6 +335,120 @@ def test_a_mixture_remembers_whose_turn_comes_how_often(ray_cluster, videos, tmp
     assert len(index.part("few")) == 2
     rows = index.take(order.rows(0, 1000))
     assert sum(name.startswith("few/") for name in rows["clip_id"].to_pylist()) == 750
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Five images, each of one brightness."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(5):
+        Image.new("RGB", (48, 40), (40 * number,) * 3).save(folder / f"{number}.png")
+    return folder
+
+
+def videos_and(pictures: Path, videos: Path, **settings) -> IndexConfig:
+    parts = {
+        "films": {"source": {"kind": "folder", "path": str(videos)}, "weight": 2},
+        "pictures": {"source": {"kind": "folder", "path": str(pictures)}, "images": True},
+    }
+    source = {"kind": "mixture", "parts": parts}
+    return IndexConfig.model_validate({"source": source, "test_fraction": 0, "frames": 8, **settings})
+
+
+def test_images_beside_videos_are_clips_of_one_frame_that_come_a_batch_at_a_time(
+    ray_cluster, videos, pictures, tmp_path
+):
+    location = Location.parse(tmp_path / "index")
+    counts = build_index(videos_and(pictures, videos, fps=6), location, seed=0)
+    assert counts["rejected"] == 0
+    index = ClipIndex.open(location).select(split="train")
+    table = index.take(np.arange(len(index)))
+    image = np.asarray([name.startswith("pictures/") for name in table["clip_id"].to_pylist()])
+    assert image.sum() == 5
+    assert table["frames"].to_numpy().tolist() == np.where(image, 1, 8).tolist()
+    assert table["fps"].to_numpy().tolist() == np.where(image, 0, 6).tolist()
+    assert len(index.without_images()) == (~image).sum()
+    assert len(index.part("pictures").without_images()) == 0
+    batches = image[index.order(seed=1, batch=6).rows(0, 6 * 999)].reshape(999, 6)
+    assert (batches.all(1) == batches.any(1)).all()
+    assert batches.mean() == pytest.approx(1 / 3, abs=0.01)
+    alone = index.without_images().order(seed=1, batch=6)
+    assert alone == ClipOrder(len(index.without_images()), 1)
+
+
+def test_files_that_become_images_are_probed_again(ray_cluster, videos, pictures, tmp_path):
+    location = Location.parse(tmp_path / "index")
+    config = videos_and(pictures, videos)
+    films = config.source.parts["films"]
+    taken_for_videos = config.source.parts["pictures"].model_copy(update={"images": False})
+    source = config.source.model_copy(update={"parts": {"films": films, "pictures": taken_for_videos}})
+    counts = build_index(config.model_copy(update={"source": source}), location, seed=0)
+    assert counts["rejected_by_code"] == {"too_short": 5}
+    assert build_index(config, location, seed=0)["rejected"] == 0
+    assert build_index(config, location, seed=0)["probed"] == 0
+
+
+def test_images_that_have_no_videos_beside_them_are_refused():
+    parts = {"pictures": {"source": {"kind": "folder", "path": "/nowhere"}, "images": True}}
+    with pytest.raises(ValueError, match=r"set index\.frames 1"):
+        IndexConfig.model_validate({"source": {"kind": "mixture", "parts": parts}})
+    parts["films"] = {"source": {"kind": "folder", "path": "/nowhere"}}
+    with pytest.raises(ValueError, match="leave their `images` out"):
+        IndexConfig.model_validate({"source": {"kind": "mixture", "parts": parts}, "frames": 1})
+
+
+def test_nothing_but_training_draws_images(ray_cluster, videos, pictures, tmp_path):
+    location = Location.parse(tmp_path / "index")
+    build_index(videos_and(pictures, videos, test_fraction=0.5), location, seed=0)
+    index, drawn = ClipIndex.open(location), []
+    assert set(index.part("pictures").column("split").to_pylist()) == {"train"}
+    context = SimpleNamespace(seed=0, log=lambda line: None)
+    drawn.append(curate_draw(index, CurateClips(train=100, test=100), context))
+    drawn.append(frechet_draw(index, FrechetClips(split="train"), seed=0))
+    experiment = SimpleNamespace(tokens=SimpleNamespace(part=None))
+    generating = SimpleNamespace(inputs={"index": SimpleNamespace(location=location)}, experiment=experiment)
+    drawn.append(open_clips(generating).selected)
+    for rows in drawn:
+        assert len(rows)
+        assert set(index.take(rows)["frames"].to_pylist()) == {8}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_an_image_is_held_for_the_whole_clip_and_replaced_by_an_image(
+    ray_cluster, videos, pictures, tmp_path, prepared
+):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    location = Location.parse(tmp_path / "index")
+    build_index(videos_and(folder, videos), location, seed=0)
+    if prepared:
+        assert materialize(location, 8, 32, MediaLimits()) == 0
+    else:
+        (folder / "3.png").write_bytes(b"no image")
+    index = ClipIndex.open(location)
+    names = index.column("clip_id").to_pylist()
+    rows = np.asarray([names.index(f"pictures/{number}.png#00000") for number in range(5)])
+    found = ClipFetch(index, ClipFormat(frames=8, size=32), seed=0)(np.arange(5), rows)
+    assert found["still"].all()
+    grey = [0, 40, 80, 120 if prepared else 160, 160]
+    assert found["replaced"].tolist() == [False, False, False, not prepared, False]
+    for clip, brightness in zip(found["clip"], grey):
+        np.testing.assert_allclose(clip, brightness, atol=2)
+    film = ClipFetch(index, ClipFormat(frames=8, size=32), seed=0)(np.arange(1), np.zeros(1, np.int64))
+    assert not found["replaced"][0]
+    assert not film["still"].any()
+
+
+def test_only_clips_of_videos_whose_truth_is_known_bring_it(ray_cluster, pictures, tmp_path):
+    parts = {
+        "made": {"source": {"kind": "synthetic", "count": 2, "size": 32}},
+        "pictures": {"source": {"kind": "folder", "path": str(pictures)}, "images": True},
+    }
+    config = IndexConfig.model_validate({"source": {"kind": "mixture", "parts": parts}})
+    build_index(config, Location.parse(tmp_path), seed=0)
+    index = ClipIndex.open(Location.parse(tmp_path))
+    for clip in index.take(np.arange(len(index))).to_pylist():
+        assert (clip["motion"] is not None) == clip["clip_id"].startswith("made/")
 
 
 def test_folders_without_a_usable_video_are_the_users_to_mend(ray_cluster, tmp_path):

@@ -19,6 +19,7 @@ from evatok.models.layers import TransformerSize
 from evatok.models.router import Router, RouterConfig
 from evatok.models.tokens import Tokens
 from evatok.stages import proxy, tokenizer
+from evatok.stages.index import IndexConfig
 from evatok.stages.reconstruction import TokenizerTraining
 from evatok.stages.tokenizer import PolicyAssignments, TokenizerStageConfig
 from evatok.video.synthetic import write_videos
@@ -59,22 +60,33 @@ def test_a_policy_that_cannot_assign_batch_by_batch_is_refused_before_anything_s
     config = TokenizerStageConfig.model_validate(
         {"model": {"frames": 8}, "policy": policy, "train": {"steps": 1, "global_batch": 2}}
     )
-    experiment = SimpleNamespace(
-        resources=SimpleNamespace(workers=1), proxy=None, index=SimpleNamespace(frames=16)
-    )
-    found = dict(tokenizer.STAGE.check(config, experiment))
+    found = dict(tokenizer.STAGE.check(config, with_index()))
     if message is None:
         assert found == {}
     else:
         assert message in found["tokenizer.policy"]
 
 
-def problems(losses: dict[str, Any], train: dict[str, Any] | None = None, **model: Any) -> dict[str, str]:
+def with_index(images: bool = False) -> Any:
+    folder: dict[str, Any] = {"source": {"kind": "folder", "path": "/nowhere"}}
+    parts = {"films": folder, "pictures": folder | {"images": images}}
+    index = IndexConfig.model_validate({"source": {"kind": "mixture", "parts": parts}})
+    return SimpleNamespace(resources=SimpleNamespace(workers=1), proxy=None, index=index)
+
+
+def test_an_adversarys_patch_that_tiles_no_image_is_refused_where_there_are_images() -> None:
+    terms = {"adversarial": 1, "adversary": {"kind": "transformer", "patch": (8, 8, 8)}}
+    assert not problems(terms)
+    found = problems(terms, images=True)
+    assert "does not tile an image, which is one block of 4 frames" in found["proxy.losses.adversary.patch"]
+
+
+def problems(
+    losses: dict[str, Any], train: dict[str, Any] | None = None, images: bool = False, **model: Any
+) -> dict[str, str]:
     steps = {"steps": 1, "global_batch": 2} | (train or {})
     given = {"model": {"frames": 8} | model, "losses": losses, "train": steps}
-    experiment = SimpleNamespace(
-        resources=SimpleNamespace(workers=1), proxy=None, index=SimpleNamespace(frames=16)
-    )
+    experiment = with_index(images)
     found = dict(proxy.STAGE.check(TokenizerTraining.model_validate(given), experiment))
     final = dict(tokenizer.STAGE.check(TokenizerStageConfig.model_validate(given), experiment))
     assert final == {key.replace("proxy", "tokenizer"): problem for key, problem in found.items()}

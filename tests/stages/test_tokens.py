@@ -19,6 +19,7 @@ from evatok.training.token_table import SCHEMA, read_rows, read_vocabulary
 from evatok.video.decode import ClipFormat, decode_clip
 from evatok.video.index import REJECTED_SCHEMA, ClipIndex, write_index
 from evatok.video.index import SCHEMA as INDEX_SCHEMA
+from evatok.video.sources import MixtureSource
 from evatok.video.write import write_video
 
 TINY = TokenizerConfig(
@@ -168,6 +169,7 @@ def test_stage_encodes_every_pass_in_ray_tasks(index, ray_cluster, tmp_path, mon
         ({"policy": {"kind": "budgeted", "budget": 9, "scope": "batch"}}, "tokens.policy"),
         ({"policy": {"kind": "uniform", "count": 3}}, "tokens.policy"),
         ({"part": "b"}, "tokens.part"),
+        ({"part": "pictures"}, "tokens.part"),
     ],
 )
 def test_settings_that_do_not_fit_the_tokenizer_are_named_before_anything_runs(config, key):
@@ -182,5 +184,8 @@ def test_residual_codes_are_refused():
 
 
 def experiment_of(model):
-    source = SimpleNamespace(kind="mixture", parts={"a": None})
+    folder = {"kind": "folder", "path": "/nowhere"}
+    source = MixtureSource.model_validate(
+        {"parts": {"a": {"source": folder}, "pictures": {"source": folder, "images": True}}}
+    )
     return SimpleNamespace(index=SimpleNamespace(source=source), tokenizer=SimpleNamespace(model=model))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,50 @@ def test_a_resumed_tokenizer_has_the_same_losses_bit_for_bit(tmp_path: Path, sta
     Location.parse(tmp_path).delete("step-000000006")
     resumed, _ = run(tmp_path, task(), zero_stage=stage)
     assert resumed.losses == whole.losses[3:]
+
+
+def images_at(positions: torch.Tensor) -> Batch:
+    """The first frame of each clip, held."""
+    batch = clips_at(positions)
+    held = batch["clip"][:, :, :1].expand_as(batch["clip"])
+    return batch | {"clip": held.contiguous(), "still": torch.ones(len(positions), dtype=torch.bool)}
+
+
+def test_an_image_is_trained_on_as_a_clip_of_one_block(encoders: dict[str, str]) -> None:
+    teacher = {"source": encoders["vjepa2"], "size": 16}
+    adversary = {"kind": "transformer", "patch": (4, 4, 4), "network": "nano", "every": 1}
+    terms = {"adversary": adversary, "teacher": teacher, "adversarial": 0.3, "alignment": 0.7}
+    built = task(**terms, perceptual_frames=8)
+    torch.manual_seed(0)
+    modules = built.build(torch.device("cpu"))
+    batch = images_at(torch.arange(4))
+    given = AssignmentSpace((4, 8, 16), 2).sample(batch["position"], seed=1)
+    (_, loss, figures), (_, _, theirs) = built.losses(modules, batch, 0)
+    assert {name for name in (*figures, *theirs) if not name.startswith("image_")} == {"loss"}
+    assert figures["image_tokens"] == given[:, 0].float().mean()
+    # The clips' later blocks are seen by nothing: the same loss, and no gradient but of the first block's.
+    changed = batch | {"clip": batch["clip"].clone()}
+    changed["clip"][:, :, 4:] = 0
+    torch.testing.assert_close(next(built.losses(modules, changed, 0))[1], loss, rtol=0, atol=0)
+    loss.backward()
+    gradient = modules["model"].tokenizer.pixel_position.grad
+    assert gradient[0].abs().sum() > 0
+    assert not gradient[1].any()
+
+
+def test_images_and_videos_in_turn_are_both_learnt(tmp_path: Path) -> None:
+    def alternating(start: int) -> Iterator[Batch]:
+        for at in range(start, 10**6, 4):
+            yield (clips_at, images_at)[at // 4 % 2](torch.arange(at, at + 4))
+
+    rows = Rows()
+    settings = TrainConfig(**TRAIN | {"steps": 80, "checkpoint_every": 80, "lr": 3e-3, "ema": 0.9})
+    checkpoints = FolderCheckpoints(Location.parse(tmp_path))
+    train(task(), settings, alternating, seed=0, checkpoints=checkpoints, sinks=[rows])
+    for name in ("l1", "image_l1"):
+        seen = [row[name] for row in rows if name in row]
+        assert len(seen) == 40
+        assert sum(seen[-5:]) < 0.6 * sum(seen[:5])
 
 
 def test_micro_batches_change_no_codebook(tmp_path: Path) -> None:

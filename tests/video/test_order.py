@@ -121,3 +121,27 @@ def test_weights_that_make_no_sense_are_refused():
     for parts, weights in (((10, 10), (1.0,)), ((10, 10), (0.0, 1.0)), ((), ()), ((10, 10), (1.0, 3000.0))):
         with pytest.raises(ValueError, match="weight"):
             MixedOrder(parts, weights, seed=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(start=st.integers(0, 10**6), cut=st.integers(0, 900), run=st.integers(1, 50))
+def test_a_turn_takes_as_many_positions_as_it_is_asked_to_wherever_the_order_is_cut(start, cut, run):
+    order = MixedOrder((300, 7, 1500), (1.0, 2.0, 1.0), seed=4, run=run)
+    rows = order.rows(start, 900)
+    np.testing.assert_array_equal(
+        np.concatenate([order.rows(start, cut), order.rows(start + cut, 900 - cut)]), rows
+    )
+    turn = np.arange(start, start + 900) // run
+    source = np.searchsorted([300, 307], rows, side="right")
+    assert all(len(set(source[turn == number])) == 1 for number in np.unique(turn))
+
+
+def test_long_turns_keep_the_weights_and_show_all_clips_of_a_source_in_turn():
+    order = MixedOrder((300, 7, 1500), (1.0, 2.0, 1.0), seed=4, run=8)
+    rows = order.rows(0, 8000)
+    source = np.searchsorted([300, 307], rows, side="right")
+    assert np.bincount(source).tolist() == [2000, 4000, 2000]
+    for number in range(2):
+        counts = np.unique(rows[source == number], return_counts=True)[1]
+        assert len(counts) == order.parts[number]
+        assert counts.max() - counts.min() <= 1

@@ -29,6 +29,11 @@ OneSource = Annotated[
 class Part(Config):
     source: OneSource
     weight: float = Field(default=1.0, gt=0, description="how often its turn comes, relative to the others")
+    images: bool = Field(
+        default=False,
+        description="its files are images: tokenizers also train on each as a clip of one block; the turns of"
+        " the mixture are then whole steps, and nothing else uses the images",
+    )
 
 
 class MixtureSource(Config):
@@ -46,10 +51,25 @@ class MixtureSource(Config):
                     f"the weight of part {name!r} is below 1/1000 of all weights, so that its turn never "
                     "comes; raise it, or leave the part out"
                 )
+        if all(part.images for part in self.parts.values()):
+            raise ValueError(
+                "every part is of images; for images alone leave `images` out and set index.frames 1"
+            )
         return self
 
     def videos(self, workspace: Location, limits: MediaLimits | None = None) -> Iterator[Video]:
-        """Names begin with the part's."""
+        """Names begin with the part's. Images are all to train on: nothing is measured on them."""
         for name, part in self.parts.items():
             for video in part.source.videos(workspace, limits):
-                yield replace(video, name=f"{name}/{video.name}", part=name)
+                split = "train" if part.images else video.split
+                yield replace(video, name=f"{name}/{video.name}", part=name, split=split)
+
+
+def part_problems(key: str, part: str | None, source: OneSource | MixtureSource) -> Iterator[tuple[str, str]]:
+    """(dotted key, problem) where ``part`` names no part of ``source`` with videos; None names them all."""
+    parts = source.parts if isinstance(source, MixtureSource) else {}
+    with_videos = [name for name, found in parts.items() if not found.images]
+    if part is None or part in with_videos:
+        return
+    what = "is of images, which nothing but training uses" if part in parts else "is no part of index.source"
+    yield key, f"{part!r} {what}; there are {', '.join(with_videos) or 'none: index.source is no mixture'}"
