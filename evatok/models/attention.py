@@ -11,10 +11,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+# FlexAttention is imported where it is used: it brings the compiler, whose import takes as long as torch's.
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -76,6 +80,8 @@ class Ranges:
 
 
 def _block_mask(first: Tensor, last: Tensor, keys: int) -> BlockMask:
+    from torch.nn.attention.flex_attention import BlockMask
+
     queries = first.shape[0]
     rows, columns = -(-queries // _TILE), -(-keys // _TILE)
     pad = rows * _TILE - queries
@@ -155,6 +161,8 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> tuple[Te
     if q.device.type == "cpu":
         output, lse = _range_attention(q, k, v, ranges.runs)
         return output, lse
+    from torch.nn.attention.flex_attention import AuxRequest
+
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     output, extra = _compiled_flex()(
         q, k, v, block_mask=ranges.block_mask(q.device), return_aux=AuxRequest(lse=True)
@@ -164,6 +172,8 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges) -> tuple[Te
 
 @functools.cache
 def _compiled_flex():  # type: ignore[no-untyped-def]
+    from torch.nn.attention.flex_attention import flex_attention
+
     # Head counts, small masks and the gradient mode are each compiled for. Beyond the limit it raises:
     # without ``fullgraph`` it would go on uncompiled, and hold the scores of all pairs.
     return torch.compile(  # type: ignore[call-overload]  # its overloads lack recompile_limit

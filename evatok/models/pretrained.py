@@ -6,8 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -41,6 +39,8 @@ class PretrainedModel(nn.Module):
 
         The token is the one of ``hf auth login`` or the environment.
         """
+        from huggingface_hub import HfApi
+
         api = HfApi()
         url = api.create_repo(name, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
@@ -74,6 +74,9 @@ class PretrainedModel(nn.Module):
 
 
 def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(source, allow_patterns=["model.safetensors", "config.json"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, distributed, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but the compiler is imported when called
 from torch.utils.checkpoint import checkpoint
 
 from evatok.config import Config
@@ -147,7 +148,7 @@ class Codebook(nn.Module):
         """Which codes ``indices`` name: bool ``[K]``."""
         return torch.zeros_like(self.idle, dtype=torch.bool).index_fill_(0, indices, True)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     @torch.no_grad()
     def note(self, z: Tensor, indices: Tensor) -> None:
         """Remember until the step ends that ``z [N, dim]`` chose ``indices [N]``."""
