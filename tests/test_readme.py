@@ -62,6 +62,8 @@ def run(command: str, tiny_run: Path, folder: Path) -> subprocess.CompletedProce
     if "experiments/quickstart.yaml" in words:
         words[words.index("experiments/quickstart.yaml")] = str(ROOT / "experiments" / "tiny.yaml")
         words += ["--set", f"storage={tiny_run.parent}"]
+        if "--redo" in words:
+            words += ["--set", "resources.workers=0"]  # the run itself was trained by workers
     words = [str(tiny_run) if word == "runs/quickstart" else word for word in words]
     path = f"{BIN}:{os.environ['PATH']}"
     words[0] = shutil.which(words[0], path=path) or words[0]
