@@ -1,6 +1,8 @@
 """The house rules that can be read from the source: who imports whom, and one test file per module."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +71,12 @@ def test_command_line_starts_without_anything_heavy(name: str):
     ours = {module for module in found if module.startswith("evatok")}
     assert ours <= {"evatok", "evatok.cli", "evatok.cli.console", "evatok.cli.parser", "evatok.errors"}
     assert not {module.split(".")[0] for module in found} & {"torch", "ray", "rich", "pyarrow"}
+
+
+@pytest.mark.parametrize("module", ["stages.tokenizer", "stages.generate", "cli.codec"])
+def test_models_are_imported_without_the_compiler_which_takes_as_long_as_torch(module: str):
+    code = f"import sys, evatok.{module}; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_files_stay_small():
