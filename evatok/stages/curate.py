@@ -205,9 +205,9 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def draw(index: ClipIndex, clips: CurateClips, context: StageContext) -> NDArray[np.int64]:
     """Rows of the index, training clips first, in ascending order within a split."""
-    chosen = []
+    chosen, videos = [], index.without_images()
     for stream, (split, wanted) in enumerate((("train", clips.train), ("test", clips.test))):
-        view = index.without_images().select(split=split)
+        view = videos.select(split=split)
         if len(view) < wanted:
             context.log(
                 f"the index has {len(view)} {split} clips, fewer than curate.clips.{split} = {wanted}"

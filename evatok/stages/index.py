@@ -30,6 +30,7 @@ from evatok.video.decode import STORAGE_PATIENCE, ClipFormat, DecodeError, Media
 from evatok.video.guard import Guard
 from evatok.video.index import CLIPS, REJECTED, REJECTED_SCHEMA, SCHEMA, IndexWriter, SourceShare, clip_starts
 from evatok.video.sources import AnySource, MixtureSource
+from evatok.video.sources.mixture import image_parts
 from evatok.video.synthetic import BLOCK
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class IndexConfig(Config):
 
     @model_validator(mode="after")
     def _images_are_held(self) -> IndexConfig:
-        if self.frames == 1 and (images := _image_parts(self)):
+        if self.frames == 1 and (images := image_parts(self.source)):
             raise ValueError(
                 f"parts {images} of the source are of images, and with frames 1 every clip is one: leave"
                 " their `images` out"
@@ -288,7 +289,7 @@ def _probe_video(config: IndexConfig, uri: str, part: str, guard: Guard) -> dict
         info = guard(probe, uri, config.limits)
     except DecodeError as error:
         return {"code": error.code, "detail": error.detail}
-    if part in _image_parts(config):
+    if part in image_parts(config.source):
         return {"width": info.width, "height": info.height, "starts": [float(info.times[0])]}
     cut = ClipFormat(frames=config.frames, fps=config.fps)
     starts = clip_starts(info, cut, config.stride, config.clips_per_video)
@@ -306,7 +307,7 @@ def _clips(config: IndexConfig, listed: pa.Table, videos: pa.Table, split: pa.Ch
     number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     of_clip = listed.select(["name", "uri", "part", "label", "caption"]).take(pa.array(owner))
     shapes = videos.select(["width", "height"]).take(pa.array(owner))
-    image = pc.is_in(of_clip["part"], pa.array(_image_parts(config), pa.string()))
+    image = pc.is_in(of_clip["part"], pa.array(image_parts(config.source), pa.string()))
     digits = pc.utf8_lpad(pa.array(number).cast(pa.string()), 5, "0")
     columns = {
         "clip_id": pc.binary_join_element_wise(of_clip["name"], digits, "#"),
@@ -322,12 +323,6 @@ def _clips(config: IndexConfig, listed: pa.Table, videos: pa.Table, split: pa.Ch
         "motion": _motion(config, listed["motion"], owner, number),
     }
     return pa.table(columns, schema=SCHEMA)
-
-
-def _image_parts(config: IndexConfig) -> list[str]:
-    """Names of the parts of a mixture whose files are images."""
-    parts = config.source.parts if isinstance(config.source, MixtureSource) else {}
-    return [name for name, part in parts.items() if part.images]
 
 
 def _drawn_for_test(
@@ -371,7 +366,7 @@ def _key(config: IndexConfig) -> str:
     """Identifies the settings that a probe's result depends on."""
     plain = identity(config)
     cut = {name: plain[name] for name in ("frames", "fps", "stride", "clips_per_video", "limits")}
-    if images := _image_parts(config):
+    if images := image_parts(config.source):
         cut["images"] = images
     return hashlib.sha256(json.dumps([VERSION, _PROBING, cut], sort_keys=True).encode()).hexdigest()
 

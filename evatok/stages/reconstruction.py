@@ -19,6 +19,7 @@ from evatok.training.loop import TrainConfig
 from evatok.training.reconstruction import Assigner, TokenizerTask, evaluated
 from evatok.video.decode import ClipFormat
 from evatok.video.index import ClipIndex
+from evatok.video.sources.mixture import image_parts
 
 
 class TokenizerTraining(Config):
@@ -39,7 +40,6 @@ def tokenizer_problems(stage: str, config: TokenizerTraining, experiment: Any) -
     yield from train_problems(stage, config.train, experiment, tokenizer_metrics(config), recomputes=True)
     yield from _model_problems(stage, config)
     frames, size, terms = config.model.frames, config.model.size, config.losses
-    images = any(part.images for part in getattr(experiment.index.source, "parts", {}).values())
     if terms.adversarial and isinstance(terms.adversary, TransformerAdversaryConfig):
         patch = terms.adversary.patch
         for name, extent, step in zip(("frames", "size", "size"), (frames, size, size), patch):
@@ -50,13 +50,14 @@ def tokenizer_problems(stage: str, config: TokenizerTraining, experiment: Any) -
                     f" of {step}",
                 )
                 break
-            if name == "frames" and images and config.model.patch[0] % step:
+        else:
+            depth = config.model.patch[0]
+            if depth % patch[0] and image_parts(experiment.index.source):
                 yield (
                     f"{stage}.losses.adversary.patch",
-                    f"{list(patch)} does not tile an image, which is one block of {config.model.patch[0]}"
-                    f" frames (model.patch): its frames must divide that",
+                    f"{list(patch)} does not tile an image, which is one block of {depth} frames"
+                    " (model.patch): its frames must divide that",
                 )
-                break
     if frames > experiment.index.frames:
         yield (
             f"{stage}.model.frames",
@@ -100,7 +101,7 @@ def train_tokenizer(
         TokenizerTask(config.model, config.losses, assignments),
         config.train,
         clips=index.select(split="train"),
-        held_out=index.without_images().select(split="test"),
+        held_out=index.select(split="test"),  # which has no images
         shown=config.held_out,
         form=ClipFormat(
             frames=config.model.frames, size=config.model.size, crop=config.crop, flip=config.flip

@@ -76,7 +76,8 @@ class ClipIndex:
 
     `version`: modification time of the file, nanoseconds. `rows`: clips of the whole index. `limits`: what
     its files were allowed to ask of us when they were indexed, and are when their clips are decoded.
-    `selected` int64 [clips]: row of the whole index for each clip of this view; None for the whole index.
+    `selected` int64 [clips]: row of the whole index for each clip of this view, ascending; None for the whole
+    index.
     """
 
     location: Location
@@ -151,39 +152,40 @@ class ClipIndex:
 
         Where images are among them, every `batch` positions from a multiple of it on are of one source.
         """
-        sources, edges = self._sources()
-        held = edges if self.selected is None else np.searchsorted(self.selected, edges)
-        parts = [(int(clips), source) for clips, source in zip(np.diff(held), sources) if clips]
+        parts = [(source, high - low) for source, low, high in self._sources() if high > low]
         if len(parts) < 2:
             return ClipOrder(len(self), seed)
-        run = batch if any(source.images for _, source in parts) else 1
+        run = batch if any(source.images for source, _ in parts) else 1
         return MixedOrder(
-            tuple(clips for clips, _ in parts), tuple(source.weight for _, source in parts), seed, run
+            tuple(clips for _, clips in parts), tuple(source.weight for source, _ in parts), seed, run
         )
 
     def part(self, name: str) -> ClipIndex:
         """The clips of one part of a mixture. Raises UserError when there is no such part."""
-        names = [source.name for source in self._sources()[0]]
+        names = [source.name for source, *_ in self._sources()]
         if name not in names:
             raise UserError(f"{self.location}: no part {name!r} in this index; there are {names or 'none'}.")
         return self._of(lambda source: source.name == name)
 
     def without_images(self) -> ClipIndex:
         """The clips that are cut from videos."""
-        if not any(source.images for source in self._sources()[0]):
+        if not any(source.images for source, *_ in self._sources()):
             return self
         return self._of(lambda source: not source.images)
 
     def _of(self, wanted: Callable[[SourceShare], bool]) -> ClipIndex:
-        sources, edges = self._sources()
-        held = np.arange(self.rows) if self.selected is None else self.selected
-        mine = np.asarray([wanted(source) for source in sources])
-        return replace(self, selected=held[mine[np.searchsorted(edges, held, side="right") - 1]])
+        rows = np.arange(self.rows) if self.selected is None else self.selected
+        chosen = [rows[low:high] for source, low, high in self._sources() if wanted(source)]
+        return replace(self, selected=np.concatenate(chosen))
 
-    def _sources(self) -> tuple[tuple[SourceShare, ...], NDArray[np.int64]]:
-        """The sources, and where the rows of each begin, with the number of rows at the end."""
+    def _sources(self) -> list[tuple[SourceShare, int, int]]:
+        """The sources, each with its first clip in this view and the one after its last."""
         sources = _file(self.location.uri, self.version).sources
-        return sources, np.cumsum([0, *(source.clips for source in sources)], dtype=np.int64)
+        edges = np.cumsum([0, *(source.clips for source in sources)])
+        if self.selected is not None:
+            edges = np.searchsorted(self.selected, edges)
+        places: list[int] = edges.tolist()
+        return list(zip(sources, places, places[1:]))
 
     def known_bad(self) -> frozenset[int]:
         """Rows of the whole index whose decoding took a process down or never ended, here or elsewhere."""

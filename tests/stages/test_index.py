@@ -435,7 +435,7 @@ def test_an_image_is_held_for_the_whole_clip_and_replaced_by_an_image(
     for clip, brightness in zip(found["clip"], grey):
         np.testing.assert_allclose(clip, brightness, atol=2)
     film = ClipFetch(index, ClipFormat(frames=8, size=32), seed=0)(np.arange(1), np.zeros(1, np.int64))
-    assert not found["replaced"][0]
+    assert not film["replaced"][0]
     assert not film["still"].any()
 
 

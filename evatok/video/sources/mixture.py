@@ -51,7 +51,7 @@ class MixtureSource(Config):
                     f"the weight of part {name!r} is below 1/1000 of all weights, so that its turn never "
                     "comes; raise it, or leave the part out"
                 )
-        if all(part.images for part in self.parts.values()):
+        if len(image_parts(self)) == len(self.parts):
             raise ValueError(
                 "every part is of images; for images alone leave `images` out and set index.frames 1"
             )
@@ -65,11 +65,17 @@ class MixtureSource(Config):
                 yield replace(video, name=f"{name}/{video.name}", part=name, split=split)
 
 
+def image_parts(source: OneSource | MixtureSource) -> list[str]:
+    """Names of the parts whose files are images."""
+    parts = source.parts if isinstance(source, MixtureSource) else {}
+    return [name for name, part in parts.items() if part.images]
+
+
 def part_problems(key: str, part: str | None, source: OneSource | MixtureSource) -> Iterator[tuple[str, str]]:
     """(dotted key, problem) where ``part`` names no part of ``source`` with videos; None names them all."""
-    parts = source.parts if isinstance(source, MixtureSource) else {}
-    with_videos = [name for name, found in parts.items() if not found.images]
+    images = image_parts(source)
+    with_videos = [name for name in getattr(source, "parts", ()) if name not in images]
     if part is None or part in with_videos:
         return
-    what = "is of images, which nothing but training uses" if part in parts else "is no part of index.source"
+    what = "is of images, which nothing but training uses" if part in images else "is no part of index.source"
     yield key, f"{part!r} {what}; there are {', '.join(with_videos) or 'none: index.source is no mixture'}"
